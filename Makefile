@@ -1,0 +1,70 @@
+# Everything here makes .venv by itself, with plain venv and pip, and does not install again while nothing has changed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PACKAGE := settings.ini setup.py pyproject.toml
+
+.PHONY: help train test lab docs export notebooks clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make train      train straight-through and rotation side by side on ImageNet-10, print the table"
+	@echo "make test       all notebooks and tests"
+	@echo "make lab        JupyterLab on the notebooks"
+	@echo "make docs       the site, into _docs/ (needs Quarto)"
+	@echo "make export     rotvq/ and README.md from the notebooks"
+	@echo "make notebooks  execute all notebooks in place, on the bundled sample"
+	@echo "make clean      remove what can be made again (.venv too); data/ and runs/ stay"
+
+# An existing .venv is used as it is, so another build of PyTorch can be put there first.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "rotvq needs Python 3.10 or newer, and %s is %s. Try: make PYTHON=python3.12 ..." % (sys.executable, sys.version.split()[0]))'
+	@echo "==> making $(VENV)"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "Python could not make $(VENV). On Debian and Ubuntu: apt install python3-venv"; exit 1; }
+
+$(VENV)/train-ready: $(PACKAGE) | $(BIN)/python
+	@echo "==> installing rotvq and PyTorch into $(VENV) (once; PyTorch is large, this takes minutes)"
+	@$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[plots]'
+	@touch $@
+
+$(VENV)/dev-ready: $(PACKAGE) | $(BIN)/python
+	@echo "==> installing rotvq, PyTorch and the tools for notebooks and tests into $(VENV) (once; this takes minutes)"
+	@$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[dev]'
+	@touch $@ $(VENV)/train-ready
+
+train: $(VENV)/train-ready
+	@echo "==> rotvq train --preset auto --estimator compare"
+	@$(BIN)/rotvq train --preset auto --estimator compare
+
+# The real pictures where ROTVQ_DATA names them, else the bundled sample: tests never download. The notebooks run in nbs/,
+# so a relative folder is made absolute first.
+test: $(VENV)/dev-ready
+	@set -e; PATH="$(CURDIR)/$(BIN):$$PATH"; export PATH ROTVQ_PRESET=smoke ROTVQ_CACHE="$(CURDIR)/$(VENV)/cache" ROTVQ_DATA="$${ROTVQ_DATA:-sample}"; \
+	if [ -d "$$ROTVQ_DATA" ]; then ROTVQ_DATA=$$(cd "$$ROTVQ_DATA" && pwd); fi; \
+	echo "==> executing the notebooks (pictures: $$ROTVQ_DATA)"; nbdev_test --n_workers 2 --do_print --timing; \
+	echo "==> pytest"; python -m pytest
+
+lab: $(VENV)/dev-ready
+	@$(BIN)/jupyter lab --notebook-dir nbs
+
+docs: $(VENV)/dev-ready
+	@command -v quarto >/dev/null || { echo "The site needs Quarto 1.7 or newer, which is not on PATH. Get it from https://quarto.org/docs/download/"; exit 1; }
+	@touch README.md  # it comes from `make export`; nbdev would render its own when it looks old
+	@PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_docs
+	@echo "==> open _docs/index.html"
+
+export: $(VENV)/dev-ready
+	@$(BIN)/nbdev_export
+	@$(BIN)/python tools/readme.py
+
+notebooks: export ROTVQ_DATA := sample
+notebooks: export ROTVQ_PRESET := smoke
+notebooks: export
+	@for n in nbs/*.ipynb; do echo "==> $$n"; \
+	  $(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False $$n || exit 1; done
+	@$(BIN)/nbdev_clean
+	@$(BIN)/python tools/readme.py
+
+clean:
+	rm -rf $(VENV) _docs _proc build dist *.egg-info nbs/nbdev.yml nbs/.last_checked .pytest_cache .hypothesis
+	find rotvq nbs tests tools benchmarks \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +

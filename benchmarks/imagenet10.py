@@ -1,0 +1,73 @@
+"""The experiment of chapter 12: straight-through, rotation and reflection on ImageNet-10, over seeds and codebook starts.
+
+    python benchmarks/imagenet10.py [--data DIR] [--preset cpu]
+
+Writes nbs/results/imagenet10_<preset>.json (a row for each epoch, estimator, seed and setting) after every run, so it can be
+stopped and started again, and two pictures into nbs/images/: effect.png, the curves of all seeds, and reconstructions.png, free
+photographs through the models of the first run.
+"""
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+
+from rotvq.cli import save_rows
+from rotvq.data import SAMPLE, Source, decode_picture, imagenet10, list_pictures
+from rotvq.model import VQVAE
+from rotvq.plots import run_curves
+from rotvq.quantizer import NAMES
+from rotvq.training import PRESETS, best_device, machine, to_float, train, write_whole
+
+ROOT = Path(__file__).resolve().parent.parent
+# setting -> what differs from the preset, estimators, seeds
+SETTINGS = {
+    "uniform start": ({}, ("ste", "rotation", "reflection"), (0, 1, 2)),
+    "k-means start": ({"init": "kmeans"}, ("ste", "rotation"), (0, 1, 2)),
+    "normal start": ({"init": "normal"}, ("ste", "rotation"), (0, 1)),
+    "decay 0.99": ({"decay": 0.99}, ("ste", "rotation"), (0, 1)),
+}
+
+
+def measure(preset, source, runs: Path, results: Path) -> list[dict]:
+    "Run every setting that `results` does not hold yet."
+    about = {"preset": dataclasses.asdict(preset), "machine": machine(best_device())}
+    held = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {"preset": about["preset"], "rows": []}
+    if held["preset"] != about["preset"]: raise SystemExit(f"{results} holds runs of another preset; move it away to begin anew.")
+    rows = held["rows"]
+    done = {(row["setting"], row["seed"]) for row in rows}
+    for setting, (changes, estimators, seeds) in SETTINGS.items():
+        for seed in seeds:
+            if (setting, seed) in done: continue
+            out = runs / f"{setting.replace(' ', '-')}-seed{seed}"
+            print(f"== {setting}, seed {seed}", flush=True)
+            run = train(dataclasses.replace(preset, **changes), estimators, source, out, seed, resume=(out / "state.pt").exists())
+            rows += [{"setting": setting, **row} for row in run.rows]
+            results.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(results, json.dumps(about | {"pictures": run.config["pictures"], "rows": rows}, indent=1) + "\n")
+    return rows
+
+
+def draw(run: Path, file: Path, size: int = 128) -> None:
+    "The bundled photographs through the models in `run`."
+    photos = [p for split in ("val", "train") for p in list_pictures(SAMPLE.root, split)[0]]
+    x = to_float(torch.stack([torch.tensor(decode_picture(p, size)) for p in photos]))
+    rows = {"original": x}
+    with torch.no_grad():
+        for name in ("ste", "rotation"): rows[NAMES[name]] = VQVAE.from_pretrained(run / name)(x).x_hat
+    save_rows(rows, file)
+
+
+if __name__ == "__main__":
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--data", help="see `rotvq train --help`")
+    options.add_argument("--preset", choices=list(PRESETS), default="cpu")
+    options.add_argument("--runs", type=Path, default=ROOT / "runs" / "imagenet10")
+    args = options.parse_args()
+    source = imagenet10(args.data)
+    if source == SAMPLE: raise SystemExit("This experiment needs ImageNet-10: name its folder with --data.")
+    source = Source(source.root, "imagenet10")
+    rows = measure(PRESETS[args.preset], source, args.runs, ROOT / "nbs" / "results" / f"imagenet10_{args.preset}.json")
+    run_curves([row for row in rows if row["setting"] == "uniform start"]).savefig(ROOT / "nbs" / "images" / "effect.png")
+    draw(args.runs / "uniform-start-seed0", ROOT / "nbs" / "images" / "reconstructions.png")

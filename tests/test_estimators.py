@@ -1,0 +1,183 @@
+"""Values and gradients of the three estimators against explicit float64 matrices, and on inputs that break formulas."""
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.testing import assert_close
+from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to
+
+from rotvq import linear_estimator, reflection_trick, rotation_trick, straight_through
+
+TRICKS = {"ste": straight_through, "rotation": rotation_trick, "reflection": reflection_trick}
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def gradient(trick, z, q, g, **kw):
+    z = z.detach().clone().requires_grad_()
+    return torch.autograd.grad(trick(z, q, **kw), z, g)[0]
+
+
+def explicit(name, z, q, g):
+    "λMᵀg in float64 by the outer-product formulas, not by ours."
+    z, q, g = z.double(), q.double(), g.double()
+    if name == "ste": return g
+    zh, qh = z / z.norm(dim=-1, keepdim=True), q / q.norm(dim=-1, keepdim=True)
+    eye = torch.eye(z.shape[-1], dtype=torch.float64)
+    outer = lambda a, b: a[..., :, None] * b[..., None, :]
+    if name == "rotation": M = eye + 2 * outer(qh, zh) - outer(zh + qh, zh + qh) / (1 + (zh * qh).sum(-1))[..., None, None]
+    else: M = eye - 2 * outer(zh - qh, zh - qh) / (zh - qh).square().sum(-1)[..., None, None]
+    return (q.norm(dim=-1, keepdim=True) / z.norm(dim=-1, keepdim=True)) * torch.einsum("...ij,...i->...j", M, g)
+
+
+def draw(seed, *shape, dtype=torch.float32):
+    return torch.randn(3, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize("name", TRICKS)
+@given(seed=st.integers(0, 10**6), lead=st.sampled_from([(), (1,), (7,), (2, 3), (0,), (4, 0)]), d=st.integers(1, 40), dtype=st.sampled_from(DTYPES))
+def test_value_is_q_bit_for_bit(name, seed, lead, d, dtype):
+    z, q, g = draw(seed, *lead, d, dtype=dtype)
+    out = TRICKS[name](z.requires_grad_(), q)
+    assert out.dtype == dtype and torch.equal(out, q)
+    assert torch.autograd.grad(out, z, g)[0].shape == z.shape
+
+
+@pytest.mark.parametrize("name", TRICKS)
+@given(seed=st.integers(0, 10**6), d=st.integers(2, 64), scale=st.floats(-4, 4))
+def test_gradient_equals_the_explicit_matrix(name, seed, d, scale):
+    z, q, g = draw(seed, 50, d)
+    q = q * 10**scale
+    ours, slow = gradient(TRICKS[name], z, q, g).double(), explicit(name, z, q, g)
+    keep = 1 + torch.nn.functional.cosine_similarity(z.double(), q.double(), dim=-1) > 1e-3   # elsewhere float32 vectors do not define R so well
+    if name == "reflection": keep &= 1 - torch.nn.functional.cosine_similarity(z.double(), q.double(), dim=-1) > 1e-3
+    assert ((ours - slow).norm(dim=-1) / slow.norm(dim=-1))[keep].max() < 2e-5
+
+
+@pytest.mark.parametrize("name", ["rotation", "reflection"])
+@given(seed=st.integers(0, 10**6), d=st.integers(1, 16), exponents=st.tuples(*[st.integers(-30, 30)] * 2))
+def test_kept_angle_and_inner_product_at_any_norm(name, seed, d, exponents):
+    z, q, g = draw(seed, 20, d, dtype=torch.float64)
+    z, q = z * 10.0 ** exponents[0], q * 10.0 ** exponents[1]
+    grad = gradient(TRICKS[name], z, q, g)
+    assert_close((z * grad).sum(-1), (q * g).sum(-1), rtol=1e-9, atol=1e-9 * 10.0 ** exponents[1])
+    assert_close(grad.norm(dim=-1) * z.norm(dim=-1), g.norm(dim=-1) * q.norm(dim=-1), rtol=1e-9, atol=0)
+
+
+def test_agrees_with_an_independent_implementation():
+    z, q, g = draw(0, 500, 16, dtype=torch.float64)
+    theirs = torch.autograd.grad(rotate_to(z.requires_grad_(), q), z, g)[0]
+    assert_close(gradient(rotation_trick, z, q, g), theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_a_reversed_rotation_would_be_noticed():
+    "λR in place of λRᵀ is a real mistake; the angle tells them apart."
+    z, q, g = draw(1, 200, 6, dtype=torch.float64)
+    wrong = explicit("rotation", q, z, g) * (q.norm(dim=-1, keepdim=True) / z.norm(dim=-1, keepdim=True)) ** 2
+    cosine = torch.nn.functional.cosine_similarity
+    assert_close(cosine(z, gradient(rotation_trick, z, q, g)), cosine(q, g))
+    assert (cosine(z, wrong) - cosine(q, g)).abs().median() > 0.1
+
+
+@pytest.mark.parametrize("name", TRICKS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("z, q", [([0, 0], [1, 2]), ([1, 2], [0, 0]), ([0, 0], [0, 0]), ([1, 2], [-1, -2]), ([1, 2], [1, 2]), ([1, 2], [-2, -4])])
+def test_degenerate_vectors_have_finite_gradients(name, dtype, z, q):
+    z, q, g = (torch.tensor(v, dtype=dtype) for v in (z, q, [3, 4]))
+    grad = gradient(TRICKS[name], z, q, g)
+    assert grad.isfinite().all()
+    if not (z.any() and q.any()): assert torch.equal(grad, g)
+    else: assert_close((z * grad).sum(), (q * g).sum() if name != "ste" else (z * g).sum(), rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype, big, small", [(torch.float32, 1e30, 1e-38), (torch.float16, 6e4, 6e-8), (torch.bfloat16, 1e30, 1e-38)])
+def test_norms_whose_squares_overflow_or_vanish(dtype, big, small):
+    for size in (big, small):
+        z, q, g = (torch.tensor(v, dtype=dtype) for v in ([size, 0.0], [0.0, size], [1.0, 2.0]))
+        assert_close(gradient(rotation_trick, z, q, g), torch.tensor([2.0, -1.0], dtype=dtype), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("trick, sign", [(rotation_trick, -1), (reflection_trick, 1)])
+def test_parallel_up_to_rounding_is_parallel(trick, sign):
+    "q = ±3.3 z rounds to another direction in the last bit; that bit must not become a mirror."
+    z, _, g = draw(7, 1000, 8)
+    q = sign * 3.3 * z
+    expected = 3.3 * g
+    if sign < 0:
+        zh = z / z.norm(dim=-1, keepdim=True)
+        expected = 3.3 * (g - 2 * zh * (zh * g).sum(-1, keepdim=True))
+    assert_close(gradient(trick, z, q, g), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_nan_stays_in_its_row():
+    z, q, g = draw(2, 5, 4)
+    z[2, 1], q[3, 0] = math.nan, math.inf
+    for trick in (rotation_trick, reflection_trick):
+        grad = gradient(trick, z, q, g)
+        assert grad[[0, 1, 4]].isfinite().all() and not grad[2].isfinite().any() and not grad[3].isfinite().all()
+
+
+@pytest.mark.parametrize("name", TRICKS)
+def test_layouts_devices_and_transforms(name):
+    trick = TRICKS[name]
+    z, q, g = draw(3, 6, 8, 5)
+    expected = gradient(trick, z, q, g)
+    swap = lambda t: t.transpose(0, 1).contiguous().transpose(0, 1)
+    assert_close(gradient(trick, swap(z), swap(q), swap(g)), expected)
+    compiled = torch.compile(trick, fullgraph=True, backend="aot_eager")
+    assert_close(gradient(compiled, z, q, g), expected)
+    pull = lambda z, q, g: torch.func.vjp(lambda z: trick(z, q), z)[1](g)[0]
+    assert_close(torch.func.vmap(pull)(z, q, g), expected)
+    meta = z.to("meta").requires_grad_()
+    assert torch.autograd.grad(trick(meta, q.to("meta")), meta, g.to("meta"))[0].shape == z.shape
+    with torch.autocast("cpu", torch.bfloat16):
+        out = trick(z, q)
+        assert out.dtype == torch.float32 and torch.equal(out, q)
+
+
+@pytest.mark.parametrize("name", TRICKS)
+def test_second_derivative_takes_the_map_as_constant(name):
+    z, q, w = draw(4, 10, 3, dtype=torch.float64)
+    z.requires_grad_()
+    first, = torch.autograd.grad((TRICKS[name](z, q) ** 2).sum(), z, create_graph=True)
+    second, = torch.autograd.grad(first, z, w)
+    M = torch.stack([explicit(name, z.detach(), q, e.expand_as(q)) for e in torch.eye(3, dtype=torch.float64)], -1)   # columns λMᵀe
+    assert_close(second, 2 * torch.einsum("nij,nkj,nk->ni", M, M, w))
+
+
+@pytest.mark.parametrize("gamma", [0.5, torch.tensor(2.0), torch.arange(1.0, 11.0), list(range(1, 11))])
+def test_gamma_scales_the_rotated_gradient(gamma):
+    z, q, g = draw(5, 10, 3)
+    lam = q.norm(dim=-1) / z.norm(dim=-1)
+    scale = torch.as_tensor(gamma).expand(10)[:, None] / lam[:, None]
+    for trick in (rotation_trick, reflection_trick):
+        assert_close(gradient(trick, z, q, g, gamma=gamma), gradient(trick, z, q, g) * scale)
+
+
+def test_no_gradient_reaches_q_or_the_matrix():
+    z, q, _ = draw(6, 4, 3)
+    G = torch.eye(3).requires_grad_()
+    q.requires_grad_()
+    for out in (*(t(z.requires_grad_(), q) for t in TRICKS.values()), linear_estimator(z, q, G)):
+        assert torch.autograd.grad(out.sum(), [q, G], allow_unused=True) == (None, None)
+
+
+@pytest.mark.parametrize("name", TRICKS)
+def test_bad_input_names_both_operands(name):
+    trick = TRICKS[name]
+    for z, q, error, words in [
+        (torch.zeros(2, 3), torch.zeros(3), ValueError, [r"\(2, 3\)", r"\(3,\)"]),
+        (torch.zeros(()), torch.zeros(()), ValueError, ["d ≥ 1"]),
+        (torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.float64), TypeError, ["float32", "float64", "q.to"]),
+        (torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.int64), TypeError, ["int64"]),
+        (torch.zeros(2, 3), torch.zeros(2, 3, device="meta"), ValueError, ["cpu", "meta"]),
+    ]:
+        for word in words:
+            with pytest.raises(error, match=word): trick(z, q)
+
+
+@pytest.mark.parametrize("trick", [rotation_trick, reflection_trick])
+def test_a_gamma_that_does_not_fit_is_refused(trick):
+    for gamma in (torch.ones(7), [1.0] * 7):
+        with pytest.raises(ValueError, match=r"\(7,\).*\(2,\)"): trick(torch.zeros(2, 3), torch.zeros(2, 3), gamma=gamma)

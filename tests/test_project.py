@@ -1,0 +1,156 @@
+"""The project as a whole: notebooks and package agree, outputs are clean, README and landing page agree, the package is light."""
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+
+
+def cells(notebook: Path): return json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+
+
+def settings():
+    config = ConfigParser(delimiters=["="])
+    config.read(ROOT / "settings.ini", encoding="utf-8")
+    return config["DEFAULT"]
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    "A copy of what export and clean read and write, so that the working tree stays as it is."
+    place = tmp_path_factory.mktemp("project") / "rotvq"
+    place.mkdir()
+    for name in ("nbs", "rotvq"): shutil.copytree(ROOT / name, place / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    for name in ("settings.ini", "pyproject.toml", "_quarto.yml", "setup.py"): shutil.copy(ROOT / name, place)
+    return place
+
+
+def nbdev(command: str, place: Path):
+    env = {k: v for k, v in os.environ.items() if k != "IN_TEST"}
+    done = subprocess.run([str(Path(sys.executable).with_name(command))], cwd=place, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def contents(folder: Path, pattern: str) -> dict: return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.glob(pattern)) if p.is_file()}
+
+
+def test_export_leaves_no_difference(copy):
+    nbdev("nbdev_export", copy)
+    assert contents(copy / "rotvq", "*.py") == contents(ROOT / "rotvq", "*.py"), "run `make export`"
+
+
+def test_clean_leaves_no_difference(copy):
+    nbdev("nbdev_clean", copy)
+    assert contents(copy / "nbs", "*.ipynb") == contents(ROOT / "nbs", "*.ipynb"), "run nbdev_clean"
+
+
+def test_readme_is_the_landing_page():
+    done = subprocess.run([sys.executable, ROOT / "tools" / "readme.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_links_and_pictures_lead_somewhere():
+    for file in [ROOT / "README.md", *(ROOT / "nbs").glob("*.qmd"), *NOTEBOOKS]:
+        text = file.read_text(encoding="utf-8") if file.suffix != ".ipynb" else "\n".join("".join(c["source"]) for c in cells(file) if c["cell_type"] == "markdown")
+        for target in re.findall(r"\]\((?!https?://|#)([^)#\s]+)", text): assert (file.parent / target).exists(), f"{file.name}: {target}"
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_is_executed_and_clean(notebook):
+    code = [c for c in cells(notebook) if c["cell_type"] == "code"]
+    outputs = [o for c in code for o in c["outputs"]]
+    assert not [o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"]
+    if len(code) > 3: assert outputs, "not executed"
+    for cell in code:
+        source = "".join(cell["source"])
+        if "#| label: fig-" in source: assert "#| fig-cap: " in source and any("image/png" in o.get("data", {}) for o in cell["outputs"])
+        directives = re.match(r"(?:#\|.*\n)*", source).group()
+        if "eval: false" not in directives: ast.parse(source)
+        if "export" in directives:                                        # the docs build runs these cells alone
+            kinds = {type(node) in (ast.Import, ast.ImportFrom) for node in ast.parse(source).body if not isinstance(node, ast.Expr)}
+            if notebook.stem != "index": assert len(kinds) < 2, f"imports mixed with other code: {source[:60]}"
+
+
+def test_every_notebook_is_in_the_sidebar():
+    site = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"]
+    listed = [page for entry in site for page in (entry["contents"] if isinstance(entry, dict) else [entry])]
+    assert sorted(listed) == sorted(p.name for p in [*NOTEBOOKS, *(ROOT / "nbs").glob("*.qmd")])
+    assert (ROOT / "nbs" / "_quarto.yml").is_symlink() and not (ROOT / "_quarto.yml").is_symlink()
+
+
+def test_import_needs_the_run_time_requirements_only():
+    "Import and train with every other package of the development environment out of reach."
+    code = f"""
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {{"matplotlib", "IPython", "jupyter_core", "ipywidgets", "nbdev", "fastcore", "execnb", "pytest", "hypothesis", "vector_quantize_pytorch", "yaml"}}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Refuse())
+import rotvq
+from rotvq.cli import main
+sys.exit(main(["train", "--preset", "smoke", "--data", "sample", "--out", sys.argv[1] + "/run"]))
+"""
+    import tempfile
+    with tempfile.TemporaryDirectory() as tmp:
+        done = subprocess.run([sys.executable, "-c", code, tmp], capture_output=True, text=True, cwd=tmp)
+        assert done.returncode == 0, done.stderr
+        assert "no curves.png" in done.stderr and (Path(tmp) / "run" / "reconstructions.png").exists()
+
+
+def test_modules_import_only_earlier_chapters():
+    "The staircase: a module imports from chapters before its own; only the command line may draw, and only inside a function."
+    chapter = {}
+    for notebook in NOTEBOOKS:
+        name = re.search(r"#\| default_exp (\w+)", "".join("".join(c["source"]) for c in cells(notebook) if c["cell_type"] == "code"))
+        if name and notebook.stem != "index": chapter[name.group(1)] = int(notebook.stem.split("_")[0])
+    assert set(chapter) == {p.stem for p in (ROOT / "rotvq").glob("[!_]*.py")}
+    for module, number in chapter.items():
+        for node in ast.parse((ROOT / "rotvq" / f"{module}.py").read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ImportFrom) and node.level: assert chapter[node.module] < number, f"{module} imports {node.module}"
+
+
+def test_workflows_run_what_the_makefile_has():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert {"train", "test", "lab", "docs", "export", "clean"} <= targets
+    for file in (ROOT / ".github" / "workflows").glob("*.yml"):
+        jobs = yaml.safe_load(file.read_text(encoding="utf-8"))["jobs"]
+        steps = [step for job in jobs.values() for step in job["steps"]]
+        assert all(("uses" in step) != ("run" in step) for step in steps)
+        for step in steps:
+            if "run" in step: assert step["run"].split()[0] == "make" and step["run"].split()[1] in targets
+    assert "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_nbdev_is_pinned_with_what_it_needs():
+    dev = settings()["dev_requirements"].split()
+    for pin in ("nbdev==2.4.14", "execnb<0.2", "fastcore<2", "ghapi<2", "fastgit<0.1"): assert pin in dev
+
+
+def test_outside_scripts_are_stripped():
+    sys.path.insert(0, str(ROOT / "tools"))
+    from strip_outside_scripts import strip
+    inline = "<script>draw()</script>"
+    page = ('<script src="https://cdn.example.org/require.js/2.3.6/require.min.js" integrity="sha-1"></script>\n'
+            f'<script src="https://cdn.example.org/jquery.min.js"></script>{inline}<script src="site_libs/quarto.js"></script>')
+    assert strip(page) == f'{inline}<script src="site_libs/quarto.js"></script>'
+
+
+@pytest.mark.skipif(shutil.which("quarto") is None, reason="quarto is not on PATH")
+def test_site_renders(copy):
+    shutil.copytree(ROOT / "tools", copy / "tools")
+    shutil.copy(ROOT / "README.md", copy)
+    nbdev("nbdev_docs", copy)
+    pages = {p.name: p.read_text(encoding="utf-8") for p in (copy / "_docs").glob("*.html")}
+    assert {re.sub(r"^\d+_", "", p.stem) + ".html" for p in NOTEBOOKS} <= set(pages)
+    for name, page in pages.items(): assert not re.findall(r'<script[^>]+src="https?://', page), name

@@ -1,0 +1,30 @@
+"""README.md from nbs/index.ipynb, so that the landing page is written once. `--check` only compares."""
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def readme(notebook: dict) -> str:
+    "Markdown of `notebook`: hidden cells left out, directives dropped, links and pictures relative to the project's root."
+    parts = []
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        directives = set(re.findall(r"^#\| *(.+?) *$", source, re.MULTILINE))
+        if cell["cell_type"] == "markdown":
+            parts.append(re.sub(r"\]\((?!https?://|#)([^)]+)\)", r"](nbs/\1)", source))
+        elif "hide" not in directives:
+            code = re.sub(r"^#\|.*\n?", "", source, flags=re.MULTILINE).strip()
+            if "echo: false" not in directives: parts.append(f"```python\n{code}\n```")
+            text = "".join("".join(output.get("text", "")) for output in cell["outputs"]).rstrip()
+            if text: parts.append(f"```text\n{text}\n```")
+    return "<!-- Made from nbs/index.ipynb by `make export`; edit there. -->\n\n" + "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    text = readme(json.loads((ROOT / "nbs" / "index.ipynb").read_text(encoding="utf-8")))
+    file = ROOT / "README.md"
+    if "--check" in sys.argv: sys.exit(file.read_text(encoding="utf-8") != text and "README.md differs from nbs/index.ipynb: run `make export`.")
+    file.write_text(text, encoding="utf-8")
