@@ -260,3 +260,12 @@ def test_custom_estimator_is_saved_by_name_and_needs_a_replacement(tmp_path):
     again = VQVAE.from_pretrained(tmp_path, estimator="ste")
     x = torch.rand(1, 3, 16, 16)
     assert torch.equal(again(x).x_hat, model.eval()(x).x_hat)
+
+
+def test_stopwatch_adds_up_and_keeps_what_it_had():
+    watch = training.Stopwatch(torch.device("cpu"))
+    watch.total = 10.0
+    for _ in range(2):
+        with watch: time.sleep(0.01)
+    first = watch.read()
+    assert 10.02 <= first < 11 and watch.read() == first

@@ -1,0 +1,51 @@
+"""What differs on a GPU: the same answers as on the CPU, and a run with mixed precision."""
+import dataclasses
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from rotvq import VectorQuantizer, reflection_trick, rotation_trick, straight_through
+from rotvq.codebook import nearest_code
+from rotvq.data import SAMPLE
+from rotvq.training import PRESETS, Stopwatch, find_preset, train
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.mark.parametrize("trick", [straight_through, rotation_trick, reflection_trick])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_estimators_equal_the_cpu(trick, dtype):
+    z, q, g = torch.randn(3, 1000, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    results = []
+    for device in ("cpu", "cuda"):
+        leaf = z.to(device).requires_grad_()
+        out = trick(leaf, q.to(device))
+        assert torch.equal(out.cpu(), q)
+        results.append(torch.autograd.grad(out, leaf, g.to(device))[0].cpu())
+    assert_close(*results, rtol=2e-2 if dtype != torch.float32 else 1e-4, atol=1e-4)
+
+
+def test_lookup_and_layer_equal_the_cpu():
+    torch.manual_seed(0)
+    z, codes = torch.randn(5000, 32), torch.randn(1024, 32)
+    distances = torch.cdist(z.double(), codes.double())
+    chosen = distances.gather(1, nearest_code(z.cuda(), codes.cuda()).cpu()[:, None])[:, 0]
+    assert ((chosen - distances.amin(1)) / chosen).max() < 1e-5
+    vq = VectorQuantizer(32, 64, init="normal")
+    twin = VectorQuantizer(32, 64).cuda()
+    twin.load_state_dict(vq.state_dict())
+    a, b = vq(z), twin(z.cuda())
+    assert torch.equal(a.indices, b.indices.cpu())
+    assert_close(vq.codebook, twin.codebook.cpu(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_with_mixed_precision_and_its_clock(tmp_path):
+    preset = dataclasses.replace(PRESETS["smoke"], name="tiny", limit=48, amp=True)
+    run = train(preset, ("ste", "rotation"), SAMPLE, tmp_path / "run", quiet=True)
+    again = train(preset, ("ste", "rotation"), SAMPLE, tmp_path / "run", resume=True, quiet=True)
+    assert again.rows == run.rows and all(0 < row["seconds"] < 600 for row in run.rows)
+    assert find_preset("auto").name in ("cuda", "smoke")
+    watch = Stopwatch(torch.device("cuda"))
+    with watch: torch.randn(1000, 1000, device="cuda").mm(torch.randn(1000, 1000, device="cuda"))
+    assert watch.read() > 0
