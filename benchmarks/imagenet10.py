@@ -16,7 +16,7 @@ import torch
 from rotvq.cli import save_rows
 from rotvq.data import SAMPLE, Source, decode_picture, imagenet10, list_pictures
 from rotvq.model import VQVAE
-from rotvq.plots import run_curves
+from rotvq.plots import save_run_curves
 from rotvq.quantizer import NAMES
 from rotvq.training import PRESETS, best_device, machine, to_float, train, write_whole
 
@@ -69,5 +69,5 @@ if __name__ == "__main__":
     if source == SAMPLE: raise SystemExit("This experiment needs ImageNet-10: name its folder with --data.")
     source = Source(source.root, "imagenet10")
     rows = measure(PRESETS[args.preset], source, args.runs, ROOT / "nbs" / "results" / f"imagenet10_{args.preset}.json")
-    run_curves([row for row in rows if row["setting"] == "uniform start"]).savefig(ROOT / "nbs" / "images" / "effect.png")
+    save_run_curves([row for row in rows if row["setting"] == "uniform start"], ROOT / "nbs" / "images" / "effect.png")
     draw(args.runs / "uniform-start-seed0", ROOT / "nbs" / "images" / "reconstructions.png")
