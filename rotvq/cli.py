@@ -20,17 +20,8 @@ from torch import Tensor
 from .data import SAMPLE, ImageNet10, cache_dir, decode_picture, imagenet10
 from .model import VQVAE
 from .quantizer import ESTIMATORS, NAMES
-from rotvq.training import (
-    PRESETS,
-    Preset,
-    Run,
-    best_device,
-    evaluate,
-    find_preset,
-    held_state,
-    to_float,
-    train,
-)
+from .training import PRESETS, Preset, Run, best_device, evaluate
+from .training import find_preset, held_state, to_float, train
 
 # %% ../nbs/12_run.ipynb #0e4fade9
 MEASURES = {

@@ -235,7 +235,8 @@ class Run:
 
     def save(self, learners: dict[str, Learner], epoch: int) -> None:
         "Write models, metrics and, last, the state to resume from."
-        about = {"run": self.config, "machine": machine(next(iter(learners.values())).device)}
+        public = {k: v for k, v in self.config.items() if k != "root"}  # a path of this machine, for resuming only
+        about = {"run": public, "machine": machine(next(iter(learners.values())).device)}
         for name, learner in learners.items():
             learner.model.save_pretrained(self.folder(name), **about)
             mine = [row for row in self.rows if row["estimator"] == name]

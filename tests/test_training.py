@@ -182,7 +182,7 @@ def trained(tmp_path_factory):
 
 def test_the_run_folder(trained, capsys):
     config = json.loads((trained / "config.json").read_text())
-    assert config["run"]["data"] == "sample" and config["run"]["preset"]["name"] == "smoke" and config["machine"]["device"]
+    assert "root" not in config["run"] and config["run"]["data"] == "sample" and config["run"]["preset"]["name"] == "smoke" and config["machine"]["device"]
     rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert [(r["epoch"], r["estimator"]) for r in rows] == [(1, "ste"), (1, "rotation"), (2, "ste"), (2, "rotation")]
     assert all(row["data"] == "sample" for row in rows)
