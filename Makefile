@@ -2,9 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# compat: the package is found even from the folder above, where the clone itself has its name
+PIP_FLAGS := --disable-pip-version-check -q --config-settings editable_mode=compat
 PACKAGE := settings.ini setup.py pyproject.toml
 
-.PHONY: help train test lab docs export notebooks clean
+.PHONY: help train test lab docs quarto export notebooks clean
 .DEFAULT_GOAL := help
 
 help:
@@ -23,13 +25,13 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "Python could not make $(VENV). On Debian and Ubuntu: apt install python3-venv"; exit 1; }
 
 $(VENV)/train-ready: $(PACKAGE) | $(BIN)/python
-	@echo "==> installing rotvq and PyTorch into $(VENV) (once; PyTorch is large, this takes minutes)"
-	@$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[plots]'
+	@echo "==> installing rotvq and PyTorch into $(VENV) (once; pip is quiet while it fetches PyTorch, which takes minutes)"
+	@$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[plots]'
 	@touch $@
 
 $(VENV)/dev-ready: $(PACKAGE) | $(BIN)/python
-	@echo "==> installing rotvq, PyTorch and the tools for notebooks and tests into $(VENV) (once; this takes minutes)"
-	@$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[dev]'
+	@echo "==> installing rotvq, PyTorch and the tools for notebooks and tests into $(VENV) (once; pip is quiet, this takes minutes)"
+	@$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[dev]'
 	@touch $@ $(VENV)/train-ready
 
 train: $(VENV)/train-ready
@@ -47,11 +49,13 @@ test: $(VENV)/dev-ready
 lab: $(VENV)/dev-ready
 	@$(BIN)/jupyter lab --notebook-dir nbs
 
-docs: $(VENV)/dev-ready
-	@command -v quarto >/dev/null || { echo "The site needs Quarto 1.7 or newer, which is not on PATH. Get it from https://quarto.org/docs/download/"; exit 1; }
+docs: quarto $(VENV)/dev-ready
 	@touch README.md  # it comes from `make export`; nbdev would render its own when it looks old
 	@PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_docs
 	@echo "==> open _docs/index.html"
+
+quarto:
+	@command -v quarto >/dev/null || { echo "The site needs Quarto 1.7 or newer, which is not on PATH. Get it from https://quarto.org/docs/download/"; exit 1; }
 
 export: $(VENV)/dev-ready
 	@$(BIN)/nbdev_export

@@ -28,13 +28,14 @@ MEASURES = {
     "mse": ("reconstruction (MSE)", "{:.4f}"),
     "psnr": ("PSNR, dB", "{:.2f}"),
     "quantization_error": ("quantization error", "{:.1e}"),
+    "relative_error": ("… / variance of z", "{:.1%}"),
     "usage": ("codes used", "{:.1%}"),
     "perplexity": ("perplexity", "{:.0f}"),
     "seconds": ("training, s", "{:.0f}"),
 }
-DEPENDS = """One seed, one setting. What changes the gap: with a k-means start of the codebook straight-through uses a third to a
-half of its codes and reconstructs as well as rotation. A start from N(0, 1) or a decay of 0.99 does not close the gap.
-Figures over seeds, on ImageNet-10 at the preset cpu: the chapter on the run."""
+DEPENDS = """One seed, one setting. What changes the gap: with a k-means start of the codebook straight-through
+uses a third to a half of its codes and reconstructs as well as rotation. A start from N(0, 1) or a
+decay of 0.99 does not close the gap. Figures over seeds: nbs/12_run.ipynb."""
 
 
 def comparison_table(rows: list[dict]) -> str:
@@ -139,12 +140,16 @@ def cmd_train(args) -> None:
         command = shlex.join([sys.executable, "-m", "rotvq", "train", "--resume", "--out", str(out.resolve())])
         saved = (out / "state.pt").exists()
         print("\ninterrupted;", f"continue with: {command}" if saved else "no epoch was finished", file=sys.stderr)
+        if not any(out.iterdir()):
+            out.rmdir()
         raise
     print(f"\n{comparison_table(run.rows)}\n\non the validation pictures of: {source.name}")
     if source == SAMPLE:
         print("These are crops of two photographs. Do not read the figures as results on ImageNet-10.")
-    if len(estimators) > 1:
+    elif preset == PRESETS["cpu"] and len(estimators) > 1:
         print(DEPENDS)
+    else:
+        print("The published figures (nbs/12_run.ipynb) are of the preset cpu; at other settings expect others.")
     files = save_pictures(run, ImageNet10("val", preset.size, source, preset.limit).images)
     print("wrote", ", ".join(str(f) for f in [*files, run.out / "metrics.jsonl"]))
 
@@ -256,8 +261,8 @@ def parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser("reconstruct", help="write pictures and their reconstructions to a PNG")
     p.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder of a trained model")
-    p.add_argument("pictures", type=Path, nargs="+", metavar="PICTURE")
-    p.add_argument("--out", type=Path, required=True, metavar="PNG")
+    p.add_argument("pictures", type=Path, nargs="+", metavar="PICTURE", help="files that Pillow can read")
+    p.add_argument("--out", type=Path, required=True, metavar="PNG", help="the sheet to write")
     p.add_argument(
         "--size", type=whole(4),
         metavar="PIXELS",

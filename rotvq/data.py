@@ -114,7 +114,7 @@ def imagenet10(
             reason = getattr(error, "reason", None) or error
     print(
         f"rotvq: no ImageNet-10 here ({reason}): using the bundled sample of photographs. "
-        "Figures from it say little about ImageNet.",
+        "To use your own copy, set ROTVQ_DATA to a folder with train/ and val/.",
         file=sys.stderr,
     )
     return SAMPLE
@@ -188,6 +188,8 @@ def decode_picture(
     size: int,  # side of the square, pixels
 ) -> np.ndarray:  # uint8 `(3, size, size)`
     "One picture, scaled and cut to the middle square; `DataError` names the file if it cannot be read."
+    if not file.exists():
+        raise DataError(f"{file} does not exist.")
     try:
         with Image.open(file) as image:
             image.draft("RGB", (size, size))

@@ -112,7 +112,7 @@ def run_curves(rows: list[dict]) -> Figure:
         ax.set(title=title, xlabel="epoch")
         ax.xaxis.get_major_locator().set_params(integer=True)
     axes[1].set_yscale("log")
-    axes[2].yaxis.set_major_formatter(plt.matplotlib.ticker.PercentFormatter(1))
+    axes[2].yaxis.set_major_formatter(plt.matplotlib.ticker.PercentFormatter(1, decimals=0))
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return fig
 

@@ -171,12 +171,13 @@ def evaluate(
     model: VQVAE,
     images: Tensor,  # uint8 `(N, 3, H, W)`
     batch: int = 128,
-) -> dict:  # mse, psnr, quantization_error, usage, perplexity, images
+) -> dict:  # mse, psnr, quantization_error, relative_error, usage, perplexity, images
     "Metrics over all pictures, in eval mode and float32: usage and perplexity of the whole set, not per batch."
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     total = torch.zeros(2, device=device)
     counts = torch.zeros(model.config["codebook_size"], device=device)
+    sums, squares = torch.zeros(2, model.config["dim"], device=device)  # of z, for its variance
     for part in images.split(batch):
         x = to_float(part.to(device)).contiguous(memory_format=torch.channels_last)
         z = model.encoder(x)
@@ -184,12 +185,13 @@ def evaluate(
         mse = (model.decoder(q) - x).square().mean()
         total += torch.stack([mse, quantization_error(z, q)]) * len(x)
         counts += code_counts(indices, len(counts))
+        sums += z.mean((2, 3)).sum(0)
+        squares += z.square().mean((2, 3)).sum(0)
     model.train(was_training)
     mse, error = (total / len(images)).tolist()
-    return {
-        "mse": mse,
-        "psnr": psnr(mse),
-        "quantization_error": error,
+    variance = (squares / len(images) - (sums / len(images)).square()).mean().item()
+    result = {"mse": mse, "psnr": psnr(mse), "quantization_error": error, "relative_error": error / variance}
+    return result | {
         "usage": usage(counts).item(),
         "perplexity": perplexity(counts).item(),
         "images": len(images),

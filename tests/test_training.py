@@ -7,21 +7,23 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 from torch.testing import assert_close
 
+import rotvq.cli as cli
 import rotvq.training as training
 from rotvq import VQVAE
 from rotvq.cli import comparison_table, main
-from rotvq.data import SAMPLE, decode_picture, list_pictures
+from rotvq.data import SAMPLE, Source, decode_picture, list_pictures
 from rotvq.metrics import perplexity, psnr, usage
 from rotvq.training import PRESETS, Learner, Preset, batches, evaluate, find_preset, to_float, train
 
 TINY = dataclasses.replace(PRESETS["smoke"], name="tiny", limit=48, epochs=2)
-METRICS = {"mse", "psnr", "quantization_error", "usage", "perplexity", "images"}
+METRICS = {"mse", "psnr", "quantization_error", "relative_error", "usage", "perplexity", "images"}
 
 
 def test_estimators_start_alike_and_see_the_same_batches():
@@ -124,6 +126,8 @@ def test_evaluate_against_the_plain_definitions():
         x = to_float(images)
         z, out = model.encoder(x), model(x)
     q = model.quantizer.codebook[out.indices].permute(0, 3, 1, 2)
+    rows = z.permute(0, 2, 3, 1).reshape(-1, 8).double()
+    assert result["relative_error"] == pytest.approx(((z - q).square().mean() / rows.var(0, correction=0).mean()).item(), rel=1e-4)
     counts = torch.bincount(out.indices.flatten(), minlength=32)
     assert set(result) == METRICS and result["images"] == 10
     assert result["mse"] == pytest.approx((out.x_hat - x).square().mean().item(), rel=1e-5)
@@ -135,7 +139,7 @@ def test_evaluate_against_the_plain_definitions():
 
 
 def test_a_validation_that_is_no_number_is_not_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "evaluate", lambda *args: {"mse": float("nan"), "quantization_error": 1.0})
+    monkeypatch.setattr(training, "evaluate", lambda *args: {"mse": float("nan"), "quantization_error": 1.0, "relative_error": 1.0})
     with pytest.raises(FloatingPointError, match="validation after epoch 1"): train(TINY, "ste", SAMPLE, tmp_path / "run", quiet=True)
     assert not list((tmp_path / "run").iterdir())
 
@@ -191,7 +195,22 @@ def test_the_run_folder(trained, capsys):
     assert Image.open(trained / "reconstructions.png").width > 500 and Image.open(trained / "curves.png").width > 500
     assert main(["train", "--resume", "--data", "sample", "--out", str(trained)]) == 0            # finished: shows the table again
     said = capsys.readouterr().out
-    assert comparison_table(rows) in said and "sample" in said and "k-means start" in said
+    assert comparison_table(rows) in said and "sample" in said and "k-means" not in said
+
+
+def test_what_the_gap_depends_on_stands_beside_the_table_it_is_true_for(tmp_path, monkeypatch, capsys, trained):
+    "The preset cpu on pictures that are no sample; the training itself is left out here."
+    monkeypatch.setattr(cli, "imagenet10", lambda root: Source(SAMPLE.root, "pictures"))
+    rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    fake = training.Run(trained, {"estimators": ["ste", "rotation"]})
+    fake.rows = rows
+    monkeypatch.setattr(cli, "train", lambda *args: fake)
+    monkeypatch.setattr(cli, "save_pictures", lambda *args: [])
+    monkeypatch.setattr(cli, "ImageNet10", lambda *args: SimpleNamespace(images=None))
+    assert main(["train", "--preset", "cpu", "--out", str(tmp_path)]) == 0
+    assert "k-means start" in capsys.readouterr().out
+    assert main(["train", "--preset", "smoke", "--out", str(tmp_path)]) == 0
+    assert "preset cpu" in capsys.readouterr().out
 
 
 def test_eval_and_reconstruct(trained, tmp_path, capsys):
