@@ -77,11 +77,12 @@ def gradient_field(points, steps, indices, codes, estimator: str, target=None, a
     points, steps = np.asarray(points), np.asarray(steps)
     length = np.linalg.norm(steps, axis=1, keepdims=True)
     steps = steps * np.minimum(1, longest / np.maximum(length, 1e-12))
-    ax.scatter(*points.T, c=[CYCLE[int(i) % len(CYCLE)] for i in indices], s=18, alpha=0.35, linewidths=0)
+    ax.scatter(*points.T, c=[CYCLE[int(i) % len(CYCLE)] for i in indices], s=22, alpha=0.5, linewidths=0)
     ax.quiver(*points.T, *steps.T, color=COLORS[estimator], angles="xy", scale_units="xy", scale=5, width=0.0035)
     ax.scatter(*np.asarray(codes).T, c="black", marker="x", s=42)
     if target is not None:
         ax.scatter(*np.asarray(target)[:, None], c="black", marker="*", s=80)
+    ax.margins(0.12)
     ax.set(title=NAMES[estimator], aspect="equal", xlabel="$z_1$", ylabel="$z_2$")
     return ax.figure
 
