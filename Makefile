@@ -46,8 +46,9 @@ test: $(VENV)/dev-ready
 	echo "==> executing the notebooks (pictures: $$ROTVQ_DATA)"; OMP_NUM_THREADS=1 nbdev_test --n_workers 2 --do_print --timing; \
 	echo "==> pytest"; python -m pytest
 
+# In a container one is often root, where JupyterLab does not start unless told to.
 lab: $(VENV)/dev-ready
-	@$(BIN)/jupyter lab --notebook-dir nbs
+	@$(BIN)/jupyter lab --notebook-dir nbs $$([ "$$(id -u)" = 0 ] && echo --allow-root)
 
 docs: quarto $(VENV)/dev-ready
 	@touch README.md  # it comes from `make export`; nbdev would render its own when it looks old
