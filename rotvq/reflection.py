@@ -6,7 +6,6 @@
 __all__ = ['mirror_back', 'reflection_trick']
 
 # %% ../nbs/05_reflection.ipynb #60ac1a26
-import torch
 from torch import Tensor
 from .householder import reflect
 from .rotation import ConstantMap, carry_back, expand_gamma, rounding_to_zero

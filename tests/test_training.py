@@ -20,7 +20,7 @@ from rotvq import VQVAE
 from rotvq.cli import comparison_table, main
 from rotvq.data import SAMPLE, Source, decode_picture, list_pictures
 from rotvq.metrics import perplexity, psnr, usage
-from rotvq.training import PRESETS, Learner, Preset, batches, evaluate, find_preset, to_float, train
+from rotvq.training import PRESETS, Learner, batches, evaluate, find_preset, to_float, train
 
 TINY = dataclasses.replace(PRESETS["smoke"], name="tiny", limit=48, epochs=2)
 METRICS = {"mse", "psnr", "quantization_error", "relative_error", "usage", "perplexity", "images"}
