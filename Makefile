@@ -64,6 +64,8 @@ export: $(VENV)/dev-ready
 
 notebooks: export ROTVQ_DATA := sample
 notebooks: export ROTVQ_PRESET := smoke
+# the moving figures as the site needs them, not as sliders
+notebooks: export ROTVQ_STATIC := 1
 notebooks: export
 	@for n in nbs/*.ipynb; do echo "==> $$n"; \
 	  $(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False $$n || exit 1; done

@@ -1,5 +1,6 @@
 """Values and gradients of the three estimators against explicit float64 matrices, and on inputs that break formulas."""
 import math
+import shutil
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.testing import assert_close
 from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to
 
 from rotvq import linear_estimator, reflection_trick, rotation_trick, straight_through
+from rotvq.rotation import carry_back, carry_back_in_blocks
 
 TRICKS = {"ste": straight_through, "rotation": rotation_trick, "reflection": reflection_trick}
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -26,7 +28,7 @@ def explicit(name, z, q, g):
     zh, qh = z / z.norm(dim=-1, keepdim=True), q / q.norm(dim=-1, keepdim=True)
     eye = torch.eye(z.shape[-1], dtype=torch.float64)
     outer = lambda a, b: a[..., :, None] * b[..., None, :]
-    if name == "rotation": M = eye + 2 * outer(qh, zh) - outer(zh + qh, zh + qh) / (1 + (zh * qh).sum(-1))[..., None, None]
+    if name == "rotation": M = eye + 2 * outer(qh, zh) - 2 * outer(zh + qh, zh + qh) / (zh + qh).square().sum(-1)[..., None, None]
     else: M = eye - 2 * outer(zh - qh, zh - qh) / (zh - qh).square().sum(-1)[..., None, None]
     return (q.norm(dim=-1, keepdim=True) / z.norm(dim=-1, keepdim=True)) * torch.einsum("...ij,...i->...j", M, g)
 
@@ -44,15 +46,124 @@ def test_value_is_q_bit_for_bit(name, seed, lead, d, dtype):
     assert torch.autograd.grad(out, z, g)[0].shape == z.shape
 
 
+def at_angle(seed, n, d, angle):
+    "z and g random, q at `angle` (radians) to z; unit lengths, float64."
+    z, u, g = draw(seed, n, d, dtype=torch.float64)
+    z = z / z.norm(dim=-1, keepdim=True)
+    u = u - (u * z).sum(-1, keepdim=True) * z
+    return z, math.cos(angle) * z + math.sin(angle) * u / u.norm(dim=-1, keepdim=True), g
+
+
+def relative_error(ours, exact): return (ours.double() - exact).norm(dim=-1) / exact.norm(dim=-1)
+
+
 @pytest.mark.parametrize("name", TRICKS)
 @given(seed=st.integers(0, 10**6), d=st.integers(2, 64), scale=st.floats(-4, 4))
 def test_gradient_equals_the_explicit_matrix(name, seed, d, scale):
-    z, q, g = draw(seed, 50, d)
+    z, q, g = draw(seed, 300, d)
     q = q * 10**scale
-    ours, slow = gradient(TRICKS[name], z, q, g).double(), explicit(name, z, q, g)
-    keep = 1 + torch.nn.functional.cosine_similarity(z.double(), q.double(), dim=-1) > 1e-3   # elsewhere float32 vectors do not define R so well
-    if name == "reflection": keep &= 1 - torch.nn.functional.cosine_similarity(z.double(), q.double(), dim=-1) > 1e-3
-    assert ((ours - slow).norm(dim=-1) / slow.norm(dim=-1))[keep].max() < 2e-5
+    assert relative_error(gradient(TRICKS[name], z, q, g), explicit(name, z, q, g)).max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["rotation", "reflection"])
+@given(seed=st.integers(0, 10**6), d=st.integers(2, 40), lead=st.sampled_from([(20,), (2, 5), (1,)]), dtype=st.sampled_from(DTYPES),
+       angle=st.one_of(st.floats(0, math.pi), st.floats(-6, 0).map(lambda k: math.pi - 10**k), st.floats(-6, 0).map(lambda k: 10**k)),
+       powers=st.tuples(*[st.floats(-30, 30)] * 2))
+def test_any_dtype_norm_and_angle(name, seed, d, lead, dtype, angle, powers):
+    z, q, g = at_angle(seed, math.prod(lead), d, angle)
+    if dtype == torch.float16: powers = [p / 8 for p in powers]                # 1e-3.75 … 1e3.75
+    z, q, g = ((v * 10.0**p).view(*lead, d).to(dtype) for v, p in zip((z, q, g), (*powers, 0)))
+    ours, exact = gradient(TRICKS[name], z, q, g), explicit(name, z, q, g)
+    sign, unit = (1 if name == "rotation" else -1), lambda v: v.double() / v.double().norm(dim=-1, keepdim=True)
+    normal = (unit(z) + sign * unit(q)).norm(dim=-1)                           # of the rounded vectors
+    fits = (exact.abs().amax(-1) < torch.finfo(dtype).max) & (exact.norm(dim=-1) > 1e3 * torch.finfo(dtype).tiny)
+    assert ours[exact.abs().amax(-1) < torch.finfo(dtype).max].isfinite().all()
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-5}.get(dtype, 2 * torch.finfo(dtype).eps)
+    error = relative_error(ours, exact)[fits & (normal > 1e-6)]                # below, z and q count as parallel
+    assert not len(error) or error.max() < tolerance
+
+
+@pytest.mark.parametrize("name", ["rotation", "reflection"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_nearly_opposite_and_nearly_parallel(name, compiled):
+    "1 + cos θ from 1e-1 to 1e-12 (for the mirror 1 − cos θ), in eager mode and as one graph."
+    trick = torch.compile(TRICKS[name], fullgraph=True, backend="aot_eager") if compiled else TRICKS[name]
+    for d in (2, 3, 8, 100):
+        for k in range(1, 13):
+            z, q, g = at_angle(k, 50, d, math.acos(1 - 10.0**-k) if name == "reflection" else math.pi - math.acos(1 - 10.0**-k))
+            z, q, g = (3.1 * z).float(), (.7 * q).float(), g.float()
+            assert relative_error(gradient(trick, z, q, g), explicit(name, z, q, g)).max() < 1e-5, (d, k)
+
+
+def test_both_ways_of_computing_agree_with_the_matrix():
+    "Blocks in float32 for eager mode on a CPU, one pass for everything else; with rows that the first hands to the second."
+    for d in (1, 2, 5, 8, 33):
+        z, q, g = draw(d, 3000, d)
+        q[:50], z[50:60], z[60:70] = -z[:50] * 1.5, z[50:60] * 1e-20, z[60:70] * 1e20
+        q[:50, 0] += 1e-4                                                       # nearly opposite, but a direction to turn in
+        gamma = torch.rand(3000) + .5
+        for sign, name in ((1, "rotation"), (-1, "reflection")):
+            slow = explicit(name, z, q, g) if d > 1 else None
+            lam = q.double().norm(dim=-1, keepdim=True) / z.double().norm(dim=-1, keepdim=True)
+            unit = lambda v: v.double() / v.double().norm(dim=-1, keepdim=True)
+            turns = (unit(z) + sign * unit(q)).norm(dim=-1) > 1e-6             # the others count as parallel: no matrix
+            for given_gamma in (None, gamma):
+                blocks, whole = carry_back_in_blocks(g, z, q, given_gamma, sign), carry_back(g, z, q, given_gamma, sign)
+                assert relative_error(blocks, whole.double()).max() < 1e-5
+                if d > 1:
+                    expected = slow if given_gamma is None else slow / lam * gamma[:, None]
+                    for ours in (blocks, whole): assert relative_error(ours, expected)[turns].max() < 1e-5
+
+
+def test_blocks_are_seamless(monkeypatch):
+    "More rows than fit into one block, and a last block that is not full."
+    for d in (3, 16):
+        z, q, g = draw(d, 1000, d)
+        whole = gradient(rotation_trick, z, q, g)
+        monkeypatch.setattr("rotvq.rotation.BLOCK", 64 * d + 1)
+        assert_close(gradient(rotation_trick, z, q, g), whole, rtol=1e-6, atol=1e-6)
+        monkeypatch.undo()
+
+
+@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_the_default_compiler_keeps_the_accuracy_and_special_rows():
+    z, q, g = draw(11, 2000, 8)
+    z[0], q[1], z[2, 1], q[3] = 0, 0, math.nan, -2 * z[3]
+    z[4], q[5] = z[4] * 1e-30, q[5] * 1e30
+    compiled = torch.compile(rotation_trick, fullgraph=True, dynamic=True)
+    assert torch.equal(compiled(z, q), q)
+    grad = gradient(compiled, z, q, g)
+    assert torch.equal(grad[:2], g[:2]) and not grad[2].isfinite().any()
+    assert relative_error(grad[5:], explicit("rotation", z, q, g)[5:]).max() < 1e-5
+    assert relative_error(grad[4:5], explicit("rotation", z, q, g)[4:5]).max() < 1e-5
+    assert_close((z[3] * grad[3]).sum(), (q[3] * g[3]).sum())
+
+
+def test_gradients_beyond_the_range_of_their_dtype():
+    "±∞ where the true entry does not fit, the true value where all fit, never NaN."
+    for z, q, g, expected in [([1e-30, 0], [0, 1e30], [0, 1e-35], [1e25, 0]), ([1e-30, 0], [0, 1e30], [0.0, 0], [0, 0]),
+                              ([1e30, 0], [0, 1e-30], [0, 1e30], [1e-30, 0]), ([1.0, 0], [0, 1.0], [3e37, 3e37], [3e37, -3e37]),
+                              ([1e-45, 0], [0, 1e-45], [1.0, 2], [2, -1])]:
+        grad, expected = gradient(rotation_trick, *(torch.tensor(v) for v in (z, q, g))), torch.tensor(expected)
+        assert relative_error(grad, expected.double()).nan_to_num(0) < 1e-5 and grad.isfinite().all()
+    huge = gradient(rotation_trick, torch.tensor([1e-30, 0]), torch.tensor([0, 1e30]), torch.tensor([1.0, 2]))     # λ = 1e60
+    assert huge.tolist() == [math.inf, -math.inf]
+    half = gradient(rotation_trick, *(torch.tensor(v, dtype=torch.float16) for v in ([1.0, 0], [0, 2.0], [6e4, 100.0])))
+    assert_close(half, torch.tensor([200, -math.inf], dtype=torch.float16))
+
+
+@pytest.mark.parametrize("name", TRICKS)
+def test_one_bad_row_does_not_spread(name):
+    z, q, g = draw(12, 4000, 4)
+    clean = gradient(TRICKS[name], z, q, g)
+    for bad in (math.nan, math.inf):
+        for which in range(3):
+            operands = [z.clone(), q.clone(), g.clone()]
+            operands[which][17, 2] = bad
+            grad = gradient(TRICKS[name], *operands)
+            others = torch.arange(4000) != 17
+            assert_close(grad[others], clean[others], rtol=1e-6, atol=1e-6)
+            if name != "ste" or which == 2: assert not grad[17].isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["rotation", "reflection"])

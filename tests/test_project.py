@@ -59,6 +59,18 @@ def test_readme_is_the_landing_page():
     assert done.returncode == 0, done.stderr
 
 
+def test_benchmark_page_shows_the_results():
+    done = subprocess.run([sys.executable, ROOT / "tools" / "benchmarks_page.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_solutions_are_folded_and_no_widget_is_stored():
+    for notebook in NOTEBOOKS:
+        for cell in cells(notebook):
+            if '#| code-summary: "Solution"' in "".join(cell["source"]): assert cell["metadata"].get("jupyter", {}).get("source_hidden"), notebook.name
+            assert not [o for o in cell.get("outputs", []) if "application/vnd.jupyter.widget-view+json" in o.get("data", {})], notebook.name
+
+
 def test_links_and_pictures_lead_somewhere():
     for file in [ROOT / "README.md", *(ROOT / "nbs").glob("*.qmd"), *NOTEBOOKS]:
         text = file.read_text(encoding="utf-8") if file.suffix != ".ipynb" else "\n".join("".join(c["source"]) for c in cells(file) if c["cell_type"] == "markdown")

@@ -1,0 +1,137 @@
+"""Rotation trick, forward and backward: time and memory, side by side with straight-through and other implementations.
+
+    python benchmarks/estimators.py                 # all shapes, on the accelerator if there is one, else on the CPU
+    python benchmarks/estimators.py --device cpu --rounds 15
+
+All candidates of a shape take turns in one run, so ratios are comparable even where the machine is not quiet. Writes
+nbs/results/estimators_<device>.json and, from it, nbs/benchmarks.qmd. Takes about five minutes on two cores.
+"""
+import argparse
+import gc
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to
+
+from rotvq import rotation_trick
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPES = [(65536, 32), (16384, 256), (262144, 4), (1024, 1024)]
+
+
+def plain_ste(z, q):
+    return z + (q - z).detach()
+
+
+def batched_matrices(z, q):
+    "The formula as batched (1, d) @ (d, 1) products: no d × d matrix, many small ones."
+    norm = lambda v: v.norm(dim=-1, keepdim=True)
+    zh, qh = (z / norm(z)).detach(), q / norm(q)
+    rh = (zh + qh) / norm(zh + qh)
+    row, column, e = (lambda v: v[:, None]), (lambda v: v[..., None]), z[:, None]
+    e = e - 2 * (e @ column(rh)) @ row(rh) + 2 * (e @ column(zh)) @ row(qh)
+    return e[:, 0] * (norm(q) / norm(z)).detach()
+
+
+def candidates():
+    torch._dynamo.reset()
+    compiled = lambda f: torch.compile(f, fullgraph=True, dynamic=False)
+    return {
+        "plain STE": plain_ste,
+        "plain STE, compiled": compiled(lambda z, q: plain_ste(z, q)),
+        "rotvq": rotation_trick,
+        "rotvq, compiled": compiled(lambda z, q: rotation_trick(z, q)),
+        "rotate_to": rotate_to,
+        "rotate_to, compiled": compiled(lambda z, q: rotate_to(z, q)),
+        "batched matrices": batched_matrices,
+    }
+
+
+def once(f, z, q, g):
+    return torch.autograd.grad(f(z, q), z, g)[0]
+
+
+def seconds(f, z, q, g) -> float:
+    sync = torch.cuda.synchronize if z.device.type == "cuda" else lambda: None
+    sync()
+    start = time.perf_counter()
+    once(f, z, q, g)
+    sync()
+    return time.perf_counter() - start
+
+
+def peak_bytes(f, z, q, g) -> int:
+    "Most memory held at one time beyond what was held before, the gradient included."
+    gc.collect()
+    if z.device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        once(f, z, q, g)
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(profile_memory=True) as profile:
+        once(f, z, q, g)
+    held = most = 0
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def machine(device: str) -> dict:
+    name = platform.processor() or platform.machine()
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    elif Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+    return {"device": device, "name": name, "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "python": platform.python_version()}
+
+
+def measure(n: int, d: int, device: str, rounds: int) -> dict:
+    gen = torch.Generator().manual_seed(0)
+    z, q, g = (torch.randn(n, d, generator=gen).to(device) for _ in range(3))
+    z.requires_grad_()
+    forms = candidates()
+    for f in forms.values():
+        for _ in range(3): once(f, z, q, g)
+    expected = once(forms["rotate_to"], z, q, g)
+    scale = expected.norm(dim=-1).median()
+    for name in ("rotvq", "rotvq, compiled", "batched matrices"):          # the same function, up to rounding
+        assert ((once(forms[name], z, q, g) - expected).norm(dim=-1) / scale).median() < 1e-5, name
+    times = {name: [] for name in forms}
+    for _ in range(rounds):
+        for name, f in forms.items(): times[name].append(seconds(f, z, q, g))
+    out = {}
+    for name, f in forms.items():
+        low, median, high = statistics.quantiles(times[name], n=4)
+        out[name] = {"median_s": median, "quartiles_s": [low, high], "peak_bytes": peak_bytes(f, z, q, g)}
+    return {"shape": [n, d], "input_bytes": 4 * n * d, "results": out}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--out", type=Path, default=None, help="default: nbs/results/estimators_<device>.json, and the page")
+    args = parser.parse_args()
+    shapes = []
+    for n, d in SHAPES:
+        shapes.append(measure(n, d, args.device, args.rounds))
+        times = {name: f"{1e3 * r['median_s']:.2f} ms" for name, r in shapes[-1]["results"].items()}
+        print(f"({n}, {d})", times, flush=True)
+    out = args.out or ROOT / "nbs" / "results" / f"estimators_{args.device}.json"
+    result = {"machine": machine(args.device), "rounds": args.rounds, "dtype": "float32", "shapes": shapes}
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    if args.out is None: subprocess.run([sys.executable, ROOT / "tools" / "benchmarks_page.py"], check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+/* The figures that move: the estimators' formulas in the plane, and scenes to drag by mouse, touch or keyboard.
+   A page carries <div class="rotvq-explorable" data-scene="…" data-start="{…}"> with a still picture inside, which stays
+   where this script does not run. Needs nothing else. Formulas and scenes are checked against the Python package. */
+(function () {
+  "use strict";
+  if (window.rotvq) return;
+
+  const COLORS = { ste: "#E69F00", rotation: "#0072B2", reflection: "#CC79A7" };
+  const NAMES = { ste: "straight-through", rotation: "rotation", reflection: "reflection" };
+  const dot = (u, v) => u[0] * v[0] + u[1] * v[1];
+  const norm = (v) => Math.hypot(v[0], v[1]);
+  const add = (u, v, k = 1) => [u[0] + k * v[0], u[1] + k * v[1]];
+  const scale = (v, k) => [k * v[0], k * v[1]];
+  const unit = (v) => (norm(v) > 0 ? scale(v, 1 / norm(v)) : [0, 0]);
+  const angle = (u, v) => (Math.acos(Math.max(-1, Math.min(1, dot(unit(u), unit(v))))) * 180) / Math.PI;
+  const reflect = (u, v) => (norm(v) > 0 ? add(u, unit(v), -2 * dot(u, unit(v))) : u);
+  const rounding = (r) => (norm(r) > 1e-12 ? r : [0, 0]);
+
+  /* Gradient at z for the gradient g at q; `ratio` multiplies it, the length ratio of q and z unless given. */
+  function carried(mirrored, z, q, g, ratio) {
+    const defined = norm(z) > 0 && norm(q) > 0;
+    if (ratio === undefined) ratio = defined ? norm(q) / norm(z) : 1;
+    if (!defined) return scale(g, ratio);
+    const zh = unit(z), qh = unit(q);
+    if (mirrored) return scale(reflect(g, rounding(add(zh, qh, -1))), ratio);
+    const back = reflect(g, rounding(add(zh, qh)));
+    return scale(add(back, zh, 2 * dot(qh, g)), ratio);
+  }
+  const gradients = {
+    ste: (z, q, g) => g,
+    rotation: (z, q, g, ratio) => carried(false, z, q, g, ratio),
+    reflection: (z, q, g, ratio) => carried(true, z, q, g, ratio),
+  };
+  function nearest(z, codes) {
+    let best = 0;
+    codes.forEach((c, i) => { if (norm(add(z, c, -1)) < norm(add(z, codes[best], -1))) best = i; });
+    return best;
+  }
+
+  /* The cell of codes[k] within a box: the box cut by the line halfway to every other code. */
+  function cell(k, codes, limit) {
+    let corners = [[-limit, -limit], [limit, -limit], [limit, limit], [-limit, limit]];
+    codes.forEach((other, j) => {
+      if (j === k) return;
+      const normal = add(other, codes[k], -1), level = (dot(other, other) - dot(codes[k], codes[k])) / 2;
+      const kept = [];
+      corners.forEach((a, i) => {
+        const b = corners[(i + 1) % corners.length], sa = dot(a, normal) - level, sb = dot(b, normal) - level;
+        if (sa <= 0) kept.push(a);
+        if (sa * sb < 0) kept.push(add(a, add(b, a, -1), sa / (sa - sb)));
+      });
+      corners = kept;
+    });
+    return corners;
+  }
+
+  const CODES = [[-1.3, 0.8], [-1, -0.9], [0.1, 1.2], [0.2, -0.3], [1.4, 0.9], [1.2, -1.1]];
+  const degrees = (x) => (Number.isNaN(x) ? "none" : Math.round(x) + "°");
+  const away = (x) => (Math.abs(x) < 1e-9 ? "keeps its distance" : x > 0 ? "comes closer" : "goes away");
+
+  /* A scene: which points can be dragged (name, the point it hangs on, label), and what they draw and say. */
+  function gradientScene(estimators) {
+    return {
+      points: { z: { label: "z" }, q: { label: "q" }, g: { label: "g", on: "q" } },
+      draw(p, paint) {
+        paint.arrow([0, 0], p.z, "#7f7f7f", "z");
+        paint.arrow([0, 0], p.q, "#7f7f7f", "q");
+        paint.arrow(p.q, p.g, "#000", "g");
+        const lines = [`θ = ${degrees(angle(p.z, p.q))}, λ = ${(norm(p.q) / norm(p.z)).toFixed(2)}; angle of q and g: ${degrees(angle(p.q, p.g))}`];
+        const grads = {};
+        estimators.forEach((name) => {
+          grads[name] = gradients[name](p.z, p.q, p.g);
+          paint.arrow(p.z, grads[name], COLORS[name]);
+          lines.push([`angle of z and its gradient, ${NAMES[name]}: ${degrees(angle(p.z, grads[name]))}`, COLORS[name]]);
+        });
+        return { grads, lines };
+      },
+    };
+  }
+  const scenes = {
+    rotation: gradientScene(["ste", "rotation", "reflection"]),
+    mirror: {
+      points: gradientScene([]).points,
+      draw(p, paint) {
+        const drawn = gradientScene(["rotation", "reflection"]).draw(p, paint);
+        const way = add(unit(p.q), unit(p.z), -1);
+        drawn.lines.push(`with the step −g, in direction: q ${away(dot(p.g, way))}`);
+        ["rotation", "reflection"].forEach((name) => drawn.lines.push([`z under ${NAMES[name]} ${away(-dot(drawn.grads[name], way))}`, COLORS[name]]));
+        return drawn;
+      },
+    },
+    origin: {
+      points: { o: { label: "origin" }, z: { label: "z" }, q: { label: "q" }, g: { label: "g", on: "q" } },
+      draw(p, paint) {
+        const z = add(p.z, p.o, -1), q = add(p.q, p.o, -1), grads = {};
+        paint.arrow(p.o, z, "#7f7f7f", "z");
+        paint.arrow(p.o, q, "#7f7f7f", "q");
+        paint.arrow(p.q, p.g, "#000", "g");
+        ["ste", "rotation"].forEach((name) => paint.arrow(p.z, (grads[name] = gradients[name](z, q, p.g)), COLORS[name]));
+        return { grads, lines: [`seen from the origin: θ = ${degrees(angle(z, q))}, λ = ${(norm(q) / norm(z)).toFixed(2)}`,
+          [`length of the gradient, straight-through: ${norm(grads.ste).toFixed(2)}`, COLORS.ste],
+          [`rotation: ${norm(grads.rotation).toFixed(2)}, turned by ${degrees(angle(p.g, grads.rotation))}`, COLORS.rotation]] };
+      },
+    },
+    mirrors: {
+      points: { a: { label: "a" }, b: { label: "b" } },
+      draw(p, paint) {
+        const half = add(unit(p.a), unit(p.b)), first = reflect(p.a, half), second = reflect(first, p.b);
+        paint.mirror(half);
+        paint.mirror(p.b);
+        paint.arrow([0, 0], first, "#D55E00", "a′");
+        paint.arrow([0, 0], second, "#009E73", "a″");
+        paint.arrow([0, 0], p.a, "#7f7f7f", "a");
+        paint.arrow([0, 0], p.b, "#7f7f7f", "b");
+        return { images: { first, second }, lines: [`from a to b: ${degrees(angle(p.a, p.b))}; between the normals: ${degrees(angle(half, p.b))}`,
+          [`from a to its second image a″: ${degrees(angle(p.a, second))}`, "#009E73"]] };
+      },
+    },
+    lookup: {
+      points: { z: { label: "z" }, t: { label: "target t" } },
+      draw(p, paint) {
+        const k = nearest(p.z, CODES), q = CODES[k], g = add(q, p.t, -1);
+        CODES.forEach((c, i) => { paint.polygon(cell(i, CODES, LIMIT), i === k ? "#eef4f8" : "none"); paint.cross(c); });
+        paint.arrow(q, scale(g, -0.4), "#000", "−g");
+        paint.arrow(p.z, scale(g, -0.4), COLORS.ste);
+        return { grads: { ste: g }, code: k, lines: [`code number ${k + 1} of ${CODES.length}; loss ½‖q − t‖² = ${(dot(g, g) / 2).toFixed(2)}`,
+          "true gradient at z: 0", [`straight-through gradient: (${g[0].toFixed(2)}, ${g[1].toFixed(2)})`, COLORS.ste]] };
+      },
+    },
+  };
+
+  const LIMIT = 2.2, SIZE = 440, SVG = "http://www.w3.org/2000/svg";
+  const px = (v) => [((v[0] + LIMIT) / (2 * LIMIT)) * SIZE, ((LIMIT - v[1]) / (2 * LIMIT)) * SIZE];
+  function make(kind, attributes, parent, text) {
+    const element = document.createElementNS(SVG, kind);
+    for (const key in attributes) element.setAttribute(key, attributes[key]);
+    if (text !== undefined) element.textContent = text;
+    if (parent) parent.appendChild(element);
+    return element;
+  }
+  function painter(layer) {
+    const line = (a, b, more) => { const [x1, y1] = px(a), [x2, y2] = px(b); make("line", { x1, y1, x2, y2, ...more }, layer); };
+    return {
+      arrow(foot, v, color, label) {
+        const tip = px(add(foot, v)), start = px(foot), length = Math.hypot(tip[0] - start[0], tip[1] - start[1]);
+        if (!(length > 0.5)) return;
+        const u = [(tip[0] - start[0]) / length, (tip[1] - start[1]) / length], head = Math.min(11, length);
+        const base = [tip[0] - head * u[0], tip[1] - head * u[1]], side = [-u[1] * head * 0.42, u[0] * head * 0.42];
+        make("line", { x1: start[0], y1: start[1], x2: base[0], y2: base[1], stroke: color, "stroke-width": 2.4 }, layer);
+        make("polygon", { points: `${tip} ${base[0] + side[0]},${base[1] + side[1]} ${base[0] - side[0]},${base[1] - side[1]}`, fill: color }, layer);
+        if (label) make("text", { x: (start[0] + tip[0]) / 2 + 13 * u[1], y: (start[1] + tip[1]) / 2 - 13 * u[0], fill: color,
+          "text-anchor": "middle", "dominant-baseline": "middle", "font-style": "italic", "font-size": 16 }, layer, label);
+      },
+      mirror(normal) {
+        const u = unit([-normal[1], normal[0]]);
+        line(scale(u, -4), scale(u, 4), { stroke: "#666", "stroke-width": 1.2, "stroke-dasharray": "6 5" });
+      },
+      polygon(corners, fill) { make("polygon", { points: corners.map(px).join(" "), fill, stroke: "#bbb" }, layer); },
+      cross(at) {
+        const [x, y] = px(at);
+        make("path", { d: `M${x - 5},${y - 5}l10,10m0,-10l-10,10`, stroke: "#000", "stroke-width": 1.8 }, layer);
+      },
+    };
+  }
+
+  function mount(element) {
+    const scene = scenes[element.dataset.scene];
+    if (!scene || element.rotvq) return;
+    const start = JSON.parse(element.dataset.start), state = {}, handles = {};
+    for (const name in scene.points) state[name] = [start[name + "1"], start[name + "2"]];
+    element.textContent = "";
+    const svg = make("svg", { viewBox: `0 0 ${SIZE} ${SIZE}`, role: "group", "aria-label": "Figure with points to move: drag them, or focus one and use the arrow keys" }, element);
+    make("rect", { width: SIZE, height: SIZE, fill: "#fff" }, svg);
+    make("path", { d: `M0,${SIZE / 2}H${SIZE}M${SIZE / 2},0V${SIZE}`, stroke: "#eee" }, svg);
+    const layer = make("g", {}, svg), paint = painter(layer);
+    const says = document.createElement("div");
+    says.className = "rotvq-says";
+    says.setAttribute("role", "status");
+    element.appendChild(says);
+
+    const foot = (name) => (scene.points[name].on ? state[scene.points[name].on] : [0, 0]);
+    const place = (name) => add(foot(name), state[name]);
+    function update() {
+      layer.textContent = "";
+      const drawn = scene.draw(state, paint);
+      says.textContent = "";
+      drawn.lines.forEach((entry) => {
+        const p = document.createElement("p"), [text, color] = Array.isArray(entry) ? entry : [entry];
+        p.textContent = text;
+        if (color) p.style.setProperty("--mark", color);
+        says.appendChild(p);
+      });
+      for (const name in handles) {
+        const [cx, cy] = px(place(name));
+        handles[name].setAttribute("transform", `translate(${cx},${cy})`);
+        handles[name].setAttribute("aria-valuetext", state[name].map((x) => x.toFixed(2)).join(", "));
+      }
+      element.rotvq = { state, drawn, move };
+    }
+    function move(name, to) {
+      const bounded = to.map((x) => Math.max(-LIMIT + 0.1, Math.min(LIMIT - 0.1, x)));
+      state[name] = add(bounded, foot(name), -1);
+      update();
+    }
+    for (const name in scene.points) {
+      const handle = make("g", { tabindex: 0, role: "slider", "aria-label": scene.points[name].label, class: "rotvq-handle" }, svg);
+      make("circle", { r: 15, class: "rotvq-touch" }, handle);
+      make("circle", { r: 6.5, class: "rotvq-dot" }, handle);
+      handle.addEventListener("pointerdown", (event) => {
+        handle.setPointerCapture(event.pointerId);
+        handle.focus();
+        event.preventDefault();
+      });
+      handle.addEventListener("pointermove", (event) => {
+        if (!handle.hasPointerCapture(event.pointerId)) return;
+        const box = svg.getBoundingClientRect();
+        move(name, [((event.clientX - box.left) / box.width) * 2 * LIMIT - LIMIT, LIMIT - ((event.clientY - box.top) / box.height) * 2 * LIMIT]);
+      });
+      handle.addEventListener("keydown", (event) => {
+        const way = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] }[event.key];
+        if (!way) return;
+        move(name, add(place(name), way, event.shiftKey ? 0.25 : 0.05));
+        event.preventDefault();
+      });
+      handles[name] = handle;
+    }
+    update();
+  }
+
+  const mountAll = () => document.querySelectorAll(".rotvq-explorable").forEach(mount);
+  window.rotvq = { gradients, reflect, nearest, angle, cell, codes: CODES, scenes, mountAll };
+  if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", mountAll);
+  else mountAll();
+})();

@@ -1,0 +1,68 @@
+"""The ledger of claims against the notebooks and tests: every check that it names exists and can fail."""
+import ast
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = (ROOT / "nbs" / "claims.qmd").read_text(encoding="utf-8")
+IDS = [f"{letter}{k}" for letter, count in {"V": 8, "S": 6, "H": 4, "R": 11, "F": 3, "G": 6, "P": 6}.items() for k in range(1, count + 1)]
+ROWS = {cells[0]: cells[1:] for line in PAGE.splitlines() if re.match(r"\| [A-Z]\d", line)
+        for cells in [[c.strip() for c in re.split(r"(?<!\\)\|", line)[1:-1]]]}
+
+
+def notebook(name): return json.loads((ROOT / "nbs" / name).read_text(encoding="utf-8"))["cells"]
+
+
+def labelled() -> dict[str, tuple[str, str]]:
+    "Label of each checking cell -> its notebook and source."
+    found = {}
+    for file in (ROOT / "nbs").glob("*.ipynb"):
+        for cell in notebook(file.name):
+            source = "".join(cell["source"])
+            for label in re.findall(r"^#\| label: (check-\S+)$", source, re.MULTILINE):
+                assert cell["cell_type"] == "code" and label not in found, label
+                found[label] = (file.name, source)
+    return found
+
+
+def can_fail(tree: ast.AST) -> bool:
+    calls = [getattr(n.func, "id", getattr(n.func, "attr", "")) for n in ast.walk(tree) if isinstance(n, ast.Call)]
+    return "assert_close" in calls or "raises" in calls or any(isinstance(n, ast.Assert) and not isinstance(n.test, ast.Constant) for n in ast.walk(tree))
+
+
+def slug(heading: str) -> str:
+    "The anchor that Pandoc gives a heading."
+    text = re.sub(r"[$`*\\]", "", heading).strip().lower()
+    return re.sub(r"^[^a-zα-ω]+", "", re.sub(r"\s+", "-", re.sub(r"[^\w\s.-]", "", text)))
+
+
+def test_every_claim_has_one_row():
+    assert list(ROWS) == IDS
+    assert all(len(row) == 4 for row in ROWS.values())
+
+
+@pytest.mark.parametrize("claim", IDS)
+def test_row(claim):
+    text, place, checks, verdict = ROWS[claim]
+    cells, named = labelled(), re.findall(r"`([^`]+)`", checks)
+    assert text and re.match(r"(holds|does not hold|open)\b", verdict)
+    if not verdict.startswith("open"): assert named, "a verdict without a check"
+    for name in named:
+        if name.startswith("check-"):
+            file, source = cells[name]
+            assert "eval: false" not in source and can_fail(ast.parse(source)), f"{name} cannot fail"
+        else:
+            file, function = name.split("::")
+            body = [n for n in ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8")).body if getattr(n, "name", "") == function]
+            assert body and can_fail(body[0]), name
+    for file, anchor in re.findall(r"\]\(([\w]+\.ipynb)#([^)]+)\)", place):
+        headings = [slug(h) for c in notebook(file) if c["cell_type"] == "markdown" for h in re.findall(r"^#+ (.+)$", "".join(c["source"]), re.MULTILINE)]
+        assert anchor in headings, (anchor, headings)
+
+
+def test_every_check_is_on_the_page():
+    missing = set(labelled()) - set(re.findall(r"`(check-[^`]+)`", PAGE))
+    assert not missing - {"check-transpose", "check-normal", "check-missing-lambda"}, missing   # mistakes taken apart: no claim of a source

@@ -1,0 +1,138 @@
+"""The script of the moving figures, run in headless Chromium: its formulas against rotvq, its scenes by keyboard and pointer."""
+import ast
+import json
+import math
+import re
+import shutil
+import subprocess
+from html import unescape
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from rotvq import nearest_code, reflect, reflection_trick, rotation_trick, straight_through
+
+NBS = Path(__file__).resolve().parent.parent / "nbs"
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+TRICKS = {"ste": straight_through, "rotation": rotation_trick, "reflection": reflection_trick}
+CHAPTERS = {"02_ste": "lookup", "03_householder": "mirrors", "04_rotation": "rotation", "05_reflection": "mirror", "06_scaling": "origin"}
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome on PATH")
+
+
+def figures(name: str) -> list[str]:
+    "The stored HTML of the moving figures of a chapter."
+    cells = json.loads((NBS / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+    outputs = [o for c in cells for o in c.get("outputs", []) if "text/html" in o.get("data", {})]
+    return [html for o in outputs if "rotvq-explorable" in (html := "".join(o["data"]["text/html"]))]
+
+
+def in_browser(tmp_path: Path, script: str, body: str = "") -> object:
+    "What the JavaScript expression or async function body `script` returns on a page with `body` and rotvq.js."
+    (tmp_path / "assets").mkdir(exist_ok=True)
+    for file in ("rotvq.js", "rotvq.css"): shutil.copy(NBS / "assets" / file, tmp_path / "assets")
+    page = tmp_path / "page.html"
+    page.write_text(f"""<!DOCTYPE html><meta charset="utf-8"><link rel="stylesheet" href="assets/rotvq.css"><body>{body}
+<script src="assets/rotvq.js"></script><pre id="answer"></pre><script>
+window.addEventListener("load", async () => {{
+  let answer;
+  try {{ answer = await (async () => {{ {script} }})(); }} catch (error) {{ answer = {{error: String(error)}}; }}
+  document.getElementById("answer").textContent = JSON.stringify(answer);
+}});</script>""", encoding="utf-8")
+    done = subprocess.run([BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
+                           "--virtual-time-budget=10000", "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120)
+    found = re.search(r'<pre id="answer">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert found, done.stderr[-2000:]
+    answer = json.loads(unescape(found.group(1)))
+    assert not (isinstance(answer, dict) and "error" in answer), answer
+    return answer
+
+
+def test_each_chapter_has_its_figure():
+    for chapter, scene in CHAPTERS.items():
+        html, = figures(chapter)
+        assert f'data-scene="{scene}"' in html and '<script src="assets/rotvq.js">' in html
+        assert 'src="data:image/png;base64,' in html, "no still picture for readers without scripts"
+    script = (NBS / "assets" / "rotvq.js").read_text(encoding="utf-8")
+    assert not re.search(r"(src|href|fetch|import)\W*[\"'`]?https?:", script.replace('"http://www.w3.org/2000/svg"', "")), "asks another host"
+
+
+@needs_browser
+def test_formulas_agree_with_the_package(tmp_path):
+    gen = torch.Generator().manual_seed(0)
+    rows = torch.randn(200, 6, generator=gen, dtype=torch.float64)
+    special = [[0, 0, 1, 2, 3, 4], [1, 2, 0, 0, 3, 4], [1, 0, -2, 0, 3, 4], [1, 0, 2, 0, 3, 4], [1, 2, -1, -2, .3, -.7]]
+    rows = torch.cat([rows, torch.tensor(special, dtype=torch.float64)])
+    z, q, g = rows.view(-1, 3, 2).unbind(1)
+    answer = in_browser(tmp_path, f"""
+      const rows = {json.dumps(rows.tolist())}, out = {{}};
+      for (const name of ["ste", "rotation", "reflection"])
+        out[name] = rows.map((r) => rotvq.gradients[name](r.slice(0, 2), r.slice(2, 4), r.slice(4)));
+      out.half = rows.map((r) => rotvq.gradients.rotation(r.slice(0, 2), r.slice(2, 4), r.slice(4), .5));
+      out.reflect = rows.map((r) => rotvq.reflect(r.slice(0, 2), r.slice(2, 4)));
+      out.nearest = rows.map((r) => rotvq.nearest(r.slice(0, 2), rotvq.codes));
+      out.codes = rotvq.codes;
+      return out;""")
+    as_tensor = lambda name: torch.tensor(answer[name], dtype=torch.float64)
+    for name, trick in TRICKS.items():
+        point = z.clone().requires_grad_()
+        assert_close(as_tensor(name), torch.autograd.grad(trick(point, q), point, g)[0])
+    point = z.clone().requires_grad_()
+    assert_close(as_tensor("half"), torch.autograd.grad(rotation_trick(point, q, gamma=.5), point, g)[0])
+    assert_close(as_tensor("reflect"), reflect(z, q))
+    assert answer["nearest"] == nearest_code(z, as_tensor("codes")).tolist()
+    source = (NBS / "02_ste.ipynb").read_text(encoding="utf-8")
+    in_chapter = ast.literal_eval(re.search(r"CODES = torch.tensor\((\[\[.*?\]\])\)", source).group(1))
+    assert in_chapter == answer["codes"], "the chapter and the script draw different codes"
+
+
+@needs_browser
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_figures_move_by_keyboard_and_pointer(tmp_path, chapter):
+    html, = figures(chapter)
+    answer = in_browser(tmp_path, """
+      const element = document.querySelector(".rotvq-explorable"), out = {names: [], says: []};
+      out.picture_left = !!element.querySelector("img");
+      out.start = JSON.parse(element.dataset.start);
+      out.said = element.querySelector(".rotvq-says").textContent;
+      for (const handle of element.querySelectorAll(".rotvq-handle")) {
+        const name = Object.keys(rotvq.scenes[element.dataset.scene].points)[out.names.length];
+        const before = [...element.rotvq.state[name]];
+        handle.focus();
+        handle.dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowRight", bubbles: true}));
+        handle.dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowUp", shiftKey: true, bubbles: true}));
+        const keyed = [...element.rotvq.state[name]];
+        const box = element.querySelector("svg").getBoundingClientRect();
+        let held = false;
+        handle.setPointerCapture = () => { held = true; };          // synthetic pointers cannot be captured
+        handle.hasPointerCapture = () => held;
+        const at = {pointerId: 1, clientX: box.left + .6 * box.width, clientY: box.top + .3 * box.height, bubbles: true};
+        handle.dispatchEvent(new PointerEvent("pointermove", at));
+        const unheld = [...element.rotvq.state[name]];
+        handle.dispatchEvent(new PointerEvent("pointerdown", at));
+        handle.dispatchEvent(new PointerEvent("pointermove", at));
+        const on = rotvq.scenes[element.dataset.scene].points[name].on;
+        const foot = on ? element.rotvq.state[on] : [0, 0];
+        out.names.push({name, before, keyed, unheld, held: element.rotvq.state[name].map((x, i) => x + foot[i]), role: handle.getAttribute("role"),
+          label: handle.getAttribute("aria-label"), value: handle.getAttribute("aria-valuetext"), focus: document.activeElement === handle});
+      }
+      out.later = element.querySelector(".rotvq-says").textContent;
+      out.state = element.rotvq.state; out.grads = element.rotvq.drawn.grads || {};
+      return out;""", html)
+    assert not answer["picture_left"] and answer["said"] and answer["later"] != answer["said"]
+    for point in answer["names"]:
+        name, before = point["name"], point["before"]
+        assert before == [answer["start"][name + "1"], answer["start"][name + "2"]]
+        assert_close(torch.tensor(point["keyed"]), torch.tensor([before[0] + .05, before[1] + .25]))
+        assert point["unheld"] == point["keyed"], "moves without being held"
+        assert_close(torch.tensor(point["held"]), torch.tensor([.2 * 2.2, .4 * 2.2]), atol=.02, rtol=0)
+        assert point["role"] == "slider" and point["label"] and point["value"] and point["focus"]
+    state = {k: torch.tensor(v, dtype=torch.float64) for k, v in answer["state"].items()}
+    if "g" in state:                                                       # what is drawn is what the package computes
+        z, q = state["z"] - state.get("o", 0), state["q"] - state.get("o", 0)
+        for name, grad in answer["grads"].items():
+            point = z.clone().requires_grad_()
+            expected = torch.autograd.grad(TRICKS[name](point, q), point, state["g"])[0]
+            assert all(math.isfinite(x) for x in grad)
+            assert_close(torch.tensor(grad, dtype=torch.float64), expected)
