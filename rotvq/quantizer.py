@@ -112,7 +112,7 @@ class VectorQuantizer(nn.Module):
             ema_update(self.codebook, self.counts, self.sums, flat.detach(), indices, self.decay)
         loss = self.commitment * (flat - q).square().sum() / max(1, flat.numel())
         estimate = ESTIMATORS[self.estimator] if isinstance(self.estimator, str) else self.estimator
-        out = estimate(flat, q).to(z.dtype).reshape(rows.shape)
+        out = estimate(flat, q).to(z.dtype).reshape(rows.shape).clone()  # a decoder may begin in place
         return Quantized(
             rearrange(out, "b ... d -> b d ...") if channel_first else out,
             indices.reshape(rows.shape[:-1]),

@@ -211,7 +211,7 @@ class ConstantMap(RowWise):
 
     @staticmethod
     def forward(z, q, gamma, sign):
-        return q.clone()
+        return q.view_as(q)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -232,7 +232,9 @@ def rotation_trick(
     | Tensor
     | None = None,  # scale of the gradient, broadcast to `(...)`; `None` is λ = ‖q‖ / ‖z‖
 ) -> Tensor:  # value `q`, bit for bit
-    "The rotation trick (Fifty et al. 2025, §4): value `q`, gradient `γ Rᵀ g` to `z`, none to `q`."
+    """The rotation trick (Fifty et al. 2025, §4): value `q`, gradient `γ Rᵀ g` to `z`, none to `q`.
+
+    The value shares the memory of `q`, as a view does: clone it before changing it in place."""
     check_pair(z, q)
     return ConstantMap.apply(z, q, expand_gamma(gamma, z), 1)
 

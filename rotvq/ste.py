@@ -30,7 +30,7 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(z, q):
-        return q.clone()
+        return q.view_as(q)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -45,7 +45,9 @@ def straight_through(
     z: Tensor,  # encoder outputs, `(..., d)`
     q: Tensor,  # their codes, same shape and dtype
 ) -> Tensor:  # value `q`, bit for bit
-    "The straight-through estimator (Bengio et al. 2013): value `q`, gradient `g` to `z`, none to `q`."
+    """The straight-through estimator (Bengio et al. 2013): value `q`, gradient `g` to `z`, none to `q`.
+
+    The value shares the memory of `q`, as a view does: clone it before changing it in place."""
     check_pair(z, q)
     return _StraightThrough.apply(z, q)
 
@@ -55,7 +57,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(z, q, G):
-        return q.clone()
+        return q.view_as(q)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -71,7 +73,7 @@ def linear_estimator(
     q: Tensor,  # their codes, same shape and dtype
     G: Tensor,  # Jacobian to use, `(..., d, d)`, held constant
 ) -> Tensor:  # value `q`, bit for bit
-    "Value `q`, Jacobian `G`: the gradient to `z` is `Gᵀ g`. `G` and `q` get none."
+    "Value `q` (a view of it), Jacobian `G`: the gradient to `z` is `Gᵀ g`. `G` and `q` get none."
     check_pair(z, q)
     d = z.shape[-1]
     if G.shape[-2:] != (d, d):

@@ -275,6 +275,29 @@ def test_no_gradient_reaches_q_or_the_matrix():
 
 
 @pytest.mark.parametrize("name", TRICKS)
+def test_the_value_is_not_copied_and_cannot_be_changed_under_the_caller(name):
+    z, q, g = draw(13, 6, 4)
+    z.requires_grad_()
+    out = TRICKS[name](z, q)
+    assert out.data_ptr() == q.data_ptr()
+    with pytest.raises(RuntimeError, match="cloning the output"): out.add_(1)
+    again = TRICKS[name](z, q).clone().add_(1)
+    assert torch.equal(torch.autograd.grad(again, z, g)[0], gradient(TRICKS[name], z, q, g))
+
+
+def test_a_learnable_codebook_keeps_its_own_gradient():
+    "q may come from a parameter and be used beside the estimator, as in the codebook loss."
+    gen = torch.Generator().manual_seed(0)
+    codebook, z = torch.randn(5, 3, generator=gen).requires_grad_(), torch.randn(7, 3, generator=gen).requires_grad_()
+    q = codebook[torch.arange(7) % 5]
+    for trick in TRICKS.values():
+        loss = (q - z.detach()).square().sum()
+        alone, = torch.autograd.grad(loss, codebook, retain_graph=True)
+        both, = torch.autograd.grad(loss + trick(z, q).sin().sum(), codebook, retain_graph=True)
+        assert torch.equal(alone, both)
+
+
+@pytest.mark.parametrize("name", TRICKS)
 def test_bad_input_names_both_operands(name):
     trick = TRICKS[name]
     for z, q, error, words in [

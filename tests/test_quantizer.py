@@ -143,3 +143,11 @@ def test_bad_input_is_refused():
 def test_decode_takes_any_integers(dtype):
     vq = layer()
     assert torch.equal(vq.decode(torch.tensor([[1, 3]], dtype=dtype)), vq.codebook[[1, 3]][None])
+
+
+@pytest.mark.parametrize("estimator", ["ste", "rotation", "reflection"])
+def test_a_decoder_may_begin_in_place(estimator):
+    layer = VectorQuantizer(4, 16, estimator=estimator)
+    z = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    torch.nn.functional.relu(layer(z).q, inplace=True).sum().backward()
+    assert z.grad.isfinite().all()

@@ -51,7 +51,7 @@ def estimators(held: dict) -> str:
     about = f"{machine['name']}, {machine['device']}, {machine['threads']} threads, PyTorch {machine['torch']}, {held['rounds']} rounds."
     return "\n".join([ESTIMATORS.format(device=machine["device"]), table(head, times), about, "",
                       "How many times the first costs what the second costs:", "", table([*head, "median"], rates),
-                      "Most memory held at one time, in multiples of the size of `z` (the value and the gradient are 2 of them):", "",
+                      "Most memory held at one time, in multiples of the size of `z`. The gradient is one; `rotvq` does not copy the value, `q`:", "",
                       table(head, memory), f"![Time of forward and backward, relative to plain straight-through. {about}]"
                       f"(images/estimators_{machine['device']}.png)", ""])
 

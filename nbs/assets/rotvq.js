@@ -109,7 +109,7 @@
         paint.mirror(half);
         paint.mirror(p.b);
         paint.arrow([0, 0], first, "#D55E00", "a′");
-        paint.arrow([0, 0], second, "#009E73", "a″");
+        paint.arrow([0, 0], second, "#009E73", "a″", -1);
         paint.arrow([0, 0], p.a, "#7f7f7f", "a");
         paint.arrow([0, 0], p.b, "#7f7f7f", "b");
         return { images: { first, second }, lines: [`from a to b: ${degrees(angle(p.a, p.b))}; between the normals: ${degrees(angle(half, p.b))}`,
@@ -117,12 +117,14 @@
       },
     },
     lookup: {
-      points: { z: { label: "z" }, t: { label: "target t" } },
+      points: { z: { label: "z" }, t: { label: "t, the target" } },
       draw(p, paint) {
         const k = nearest(p.z, CODES), q = CODES[k], g = add(q, p.t, -1);
         CODES.forEach((c, i) => { paint.polygon(cell(i, CODES, LIMIT), i === k ? "#eef4f8" : "none"); paint.cross(c); });
         paint.arrow(q, scale(g, -0.4), "#000", "−g");
         paint.arrow(p.z, scale(g, -0.4), COLORS.ste);
+        paint.name(p.z, "z");
+        paint.name(p.t, "t");
         return { grads: { ste: g }, code: k, lines: [`code number ${k + 1} of ${CODES.length}; loss ½‖q − t‖² = ${(dot(g, g) / 2).toFixed(2)}`,
           "true gradient at z: 0", [`straight-through gradient: (${g[0].toFixed(2)}, ${g[1].toFixed(2)})`, COLORS.ste]] };
       },
@@ -140,16 +142,17 @@
   }
   function painter(layer) {
     const line = (a, b, more) => { const [x1, y1] = px(a), [x2, y2] = px(b); make("line", { x1, y1, x2, y2, ...more }, layer); };
+    const word = ([x, y], text, fill) => make("text", { x, y, fill, "text-anchor": "middle", "dominant-baseline": "middle", "font-style": "italic", "font-size": 16 }, layer, text);
     return {
-      arrow(foot, v, color, label) {
+      name(at, text) { const [x, y] = px(at); word([x + 14, y - 12], text, "#333"); },
+      arrow(foot, v, color, label, side = 1) {
         const tip = px(add(foot, v)), start = px(foot), length = Math.hypot(tip[0] - start[0], tip[1] - start[1]);
         if (!(length > 0.5)) return;
-        const u = [(tip[0] - start[0]) / length, (tip[1] - start[1]) / length], head = Math.min(11, length);
-        const base = [tip[0] - head * u[0], tip[1] - head * u[1]], side = [-u[1] * head * 0.42, u[0] * head * 0.42];
+        const u = [(tip[0] - start[0]) / length, (tip[1] - start[1]) / length], head = Math.min(11, length), off = 13 * side;
+        const base = [tip[0] - head * u[0], tip[1] - head * u[1]], wing = [-u[1] * head * 0.42, u[0] * head * 0.42];
         make("line", { x1: start[0], y1: start[1], x2: base[0], y2: base[1], stroke: color, "stroke-width": 2.4 }, layer);
-        make("polygon", { points: `${tip} ${base[0] + side[0]},${base[1] + side[1]} ${base[0] - side[0]},${base[1] - side[1]}`, fill: color }, layer);
-        if (label) make("text", { x: (start[0] + tip[0]) / 2 + 13 * u[1], y: (start[1] + tip[1]) / 2 - 13 * u[0], fill: color,
-          "text-anchor": "middle", "dominant-baseline": "middle", "font-style": "italic", "font-size": 16 }, layer, label);
+        make("polygon", { points: `${tip} ${base[0] + wing[0]},${base[1] + wing[1]} ${base[0] - wing[0]},${base[1] - wing[1]}`, fill: color }, layer);
+        if (label) word([(start[0] + tip[0]) / 2 + off * u[1], (start[1] + tip[1]) / 2 - off * u[0]], label, color);
       },
       mirror(normal) {
         const u = unit([-normal[1], normal[0]]);
