@@ -102,10 +102,10 @@ def measure(n: int, d: int, device: str, rounds: int) -> dict:
     forms = candidates()
     for f in forms.values():
         for _ in range(3): once(f, z, q, g)
-    expected = once(forms["rotate_to"], z, q, g)
-    scale = expected.norm(dim=-1).median()
-    for name in ("rotvq", "rotvq, compiled", "batched matrices"):          # the same function, up to rounding
-        assert ((once(forms[name], z, q, g) - expected).norm(dim=-1) / scale).median() < 1e-5, name
+    exact = once(rotation_trick, z.detach().double().requires_grad_(), q.double(), g.double())
+    for name in forms.keys() - {"plain STE", "plain STE, compiled"}:       # the same function, up to rounding
+        error = (once(forms[name], z, q, g) - exact).norm(dim=-1) / exact.norm(dim=-1)
+        assert error.quantile(.999) < 1e-3 and (not name.startswith("rotvq") or error.max() < 1e-5), (name, error.max())
     times = {name: [] for name in forms}
     for _ in range(rounds):
         for name, f in forms.items(): times[name].append(seconds(f, z, q, g))

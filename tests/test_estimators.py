@@ -248,6 +248,26 @@ def test_layouts_devices_and_transforms(name):
 
 
 @pytest.mark.parametrize("name", TRICKS)
+@pytest.mark.parametrize("default", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_default_dtype_does_not_matter(name, default):
+    for d in (3, 16):
+        z, q, g = draw(14, 50, d)
+        expected, before = gradient(TRICKS[name], z, q, g), torch.get_default_dtype()
+        torch.set_default_dtype(default)
+        try: assert torch.equal(gradient(TRICKS[name], z, q, g), expected)
+        finally: torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("name", TRICKS)
+def test_batched_gradients(name):
+    z, q, _ = draw(15, 4, 3)
+    jacobian = torch.autograd.functional.jacobian
+    slow = jacobian(lambda z: TRICKS[name](z, q), z)
+    assert_close(jacobian(lambda z: TRICKS[name](z, q), z, vectorize=True), slow, rtol=1e-5, atol=1e-6)
+    assert_close(torch.func.jacrev(lambda z: TRICKS[name](z, q))(z), slow, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", TRICKS)
 def test_second_derivative_takes_the_map_as_constant(name):
     z, q, w = draw(4, 10, 3, dtype=torch.float64)
     z.requires_grad_()
@@ -264,6 +284,11 @@ def test_gamma_scales_the_rotated_gradient(gamma):
     scale = torch.as_tensor(gamma).expand(10)[:, None] / lam[:, None]
     for trick in (rotation_trick, reflection_trick):
         assert_close(gradient(trick, z, q, g, gamma=gamma), gradient(trick, z, q, g) * scale)
+
+
+def test_gamma_is_not_rounded_to_half_precision():
+    z, q, g = draw(16, 3, 4, dtype=torch.float16)
+    assert gradient(rotation_trick, z, q, g * 1e-4, gamma=70000.0).isfinite().all()
 
 
 def test_no_gradient_reaches_q_or_the_matrix():

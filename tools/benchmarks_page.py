@@ -12,8 +12,8 @@ title: "Benchmarks"
 
 <!-- Made by tools/benchmarks_page.py from nbs/results/; edit there. -->
 
-All candidates of a shape take turns in one run, so compare along a row; absolute times belong to the machine named below each
-table. Every run checks first that the candidates compute the same gradients.
+All candidates of a shape take turns in one run, so compare down a column; absolute times belong to the machine named below each
+table. Every run checks first that all candidates but straight-through compute the same gradients.
 """
 ESTIMATORS = """
 ## The rotation trick, forward and backward {{#estimators-{device}}}

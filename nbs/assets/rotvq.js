@@ -12,7 +12,7 @@
   const add = (u, v, k = 1) => [u[0] + k * v[0], u[1] + k * v[1]];
   const scale = (v, k) => [k * v[0], k * v[1]];
   const unit = (v) => (norm(v) > 0 ? scale(v, 1 / norm(v)) : [0, 0]);
-  const angle = (u, v) => (Math.acos(Math.max(-1, Math.min(1, dot(unit(u), unit(v))))) * 180) / Math.PI;
+  const angle = (u, v) => !(norm(u) > 0 && norm(v) > 0) ? NaN : (Math.acos(Math.max(-1, Math.min(1, dot(unit(u), unit(v))))) * 180) / Math.PI;
   const reflect = (u, v) => (norm(v) > 0 ? add(u, unit(v), -2 * dot(u, unit(v))) : u);
   const rounding = (r) => (norm(r) > 1e-12 ? r : [0, 0]);
 
@@ -55,6 +55,7 @@
   }
 
   const CODES = [[-1.3, 0.8], [-1, -0.9], [0.1, 1.2], [0.2, -0.3], [1.4, 0.9], [1.2, -1.1]];
+  const ratio = (q, z) => (norm(z) > 0 && norm(q) > 0 ? norm(q) / norm(z) : 1);
   const degrees = (x) => (Number.isNaN(x) ? "none" : Math.round(x) + "°");
   const away = (x) => (Math.abs(x) < 1e-9 ? "keeps its distance" : x > 0 ? "comes closer" : "goes away");
 
@@ -66,7 +67,7 @@
         paint.arrow([0, 0], p.z, "#7f7f7f", "z");
         paint.arrow([0, 0], p.q, "#7f7f7f", "q");
         paint.arrow(p.q, p.g, "#000", "g");
-        const lines = [`θ = ${degrees(angle(p.z, p.q))}, λ = ${(norm(p.q) / norm(p.z)).toFixed(2)}; angle of q and g: ${degrees(angle(p.q, p.g))}`];
+        const lines = [`θ = ${degrees(angle(p.z, p.q))}, λ = ${ratio(p.q, p.z).toFixed(2)}; angle of q and g: ${degrees(angle(p.q, p.g))}`];
         const grads = {};
         estimators.forEach((name) => {
           grads[name] = gradients[name](p.z, p.q, p.g);
@@ -97,7 +98,7 @@
         paint.arrow(p.o, q, "#7f7f7f", "q");
         paint.arrow(p.q, p.g, "#000", "g");
         ["ste", "rotation"].forEach((name) => paint.arrow(p.z, (grads[name] = gradients[name](z, q, p.g)), COLORS[name]));
-        return { grads, lines: [`seen from the origin: θ = ${degrees(angle(z, q))}, λ = ${(norm(q) / norm(z)).toFixed(2)}`,
+        return { grads, lines: [`seen from the origin: θ = ${degrees(angle(z, q))}, λ = ${ratio(q, z).toFixed(2)}`,
           [`length of the gradient, straight-through: ${norm(grads.ste).toFixed(2)}`, COLORS.ste],
           [`rotation: ${norm(grads.rotation).toFixed(2)}, turned by ${degrees(angle(p.g, grads.rotation))}`, COLORS.rotation]] };
       },
@@ -121,7 +122,7 @@
       draw(p, paint) {
         const k = nearest(p.z, CODES), q = CODES[k], g = add(q, p.t, -1);
         CODES.forEach((c, i) => { paint.polygon(cell(i, CODES, LIMIT), i === k ? "#eef4f8" : "none"); paint.cross(c); });
-        paint.arrow(q, scale(g, -0.4), "#000", "−g");
+        paint.arrow(q, scale(g, -0.4), "#000", "−0.4 g");
         paint.arrow(p.z, scale(g, -0.4), COLORS.ste);
         paint.name(p.z, "z");
         paint.name(p.t, "t");
@@ -201,14 +202,18 @@
       element.rotvq = { state, drawn, move };
     }
     function move(name, to) {
-      const bounded = to.map((x) => Math.max(-LIMIT + 0.1, Math.min(LIMIT - 0.1, x)));
+      const hung = Object.keys(scene.points).filter((other) => scene.points[other].on === name);
+      const bounded = to.map((x, i) => {
+        const reach = [0, ...hung.map((other) => state[other][i])], edge = LIMIT - 0.1;
+        return Math.max(-edge - Math.min(...reach), Math.min(edge - Math.max(...reach), x));
+      });
       state[name] = add(bounded, foot(name), -1);
       update();
     }
     for (const name in scene.points) {
       const handle = make("g", { tabindex: 0, role: "slider", "aria-label": scene.points[name].label, class: "rotvq-handle" }, svg);
       make("circle", { r: 15, class: "rotvq-touch" }, handle);
-      make("circle", { r: 6.5, class: "rotvq-dot" }, handle);
+      make("circle", { r: 6.5, class: "rotvq-dot" + (name === "o" ? " rotvq-origin" : "") }, handle);
       handle.addEventListener("pointerdown", (event) => {
         handle.setPointerCapture(event.pointerId);
         handle.focus();
