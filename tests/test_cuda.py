@@ -1,5 +1,6 @@
 """What differs on a GPU: the same answers as on the CPU, and a run with mixed precision."""
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from rotvq import VectorQuantizer, reflection_trick, rotation_trick, straight_th
 from rotvq.codebook import nearest_code
 from rotvq.data import SAMPLE
 from rotvq.training import PRESETS, Stopwatch, find_preset, train
+from test_estimators import at_angle, explicit, gradient, relative_error
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -24,6 +26,15 @@ def test_estimators_equal_the_cpu(trick, dtype):
         assert torch.equal(out.cpu(), q)
         results.append(torch.autograd.grad(out, leaf, g.to(device))[0].cpu())
     assert_close(*results, rtol=2e-2 if dtype != torch.float32 else 1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_nearly_opposite_vectors_keep_their_digits(compiled):
+    trick = torch.compile(rotation_trick, fullgraph=True) if compiled else rotation_trick
+    for k in range(1, 13):
+        z, q, g = (v.float() for v in at_angle(k, 200, 8, math.pi - math.acos(1 - 10.0**-k)))
+        ours = gradient(trick, z.cuda(), q.cuda(), g.cuda()).cpu()
+        assert relative_error(ours, explicit("rotation", z, q, g)).max() < 1e-5, k
 
 
 def test_lookup_and_layer_equal_the_cpu():
