@@ -137,8 +137,10 @@ def carry_back_in_blocks(g: Tensor, z: Tensor, q: Tensor, gamma: Tensor | None, 
     d, gamma = g.shape[-1], None if gamma is None else gamma.reshape(-1)
     wide = torch.empty(g.shape, dtype=torch.float32, device="cpu")
     g_, z_, q_, result = (t.reshape(-1, d) for t in (g, z, q, wide))
-    columns = d < 8  # sums over so short a dimension are slow: such a block is turned over
-    size = max(1, min(BLOCK // d, len(g_)))
+    columns = (
+        d < 8
+    )  # sums over so short a dimension are slow: such a block is turned over, which takes more buffers
+    size = max(1, min(BLOCK // (4 * d if columns else d), len(g_)))
     sums, turned, careful = wide.new_empty(5, size), wide.new_empty(4 * columns, d, size), []
     for i in range(0, len(g_), size):
         block, out = [t[i : i + size] for t in (g_, z_, q_)], result[i : i + size]
