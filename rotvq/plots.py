@@ -240,7 +240,8 @@ def draw_mirrors(a1, a2, b1, b2) -> Figure:
     first = reflect(a, half)
     second = reflect(first, b)
     fig, ax = plane(
-        f"from a to b: {degrees(a, b):.0f}°; from a to the second image: {degrees(a, second):.0f}°"
+        f"from a to b: {degrees(a, b):.0f}°; between the normals: {degrees(half, b):.0f}°\n"
+        f"from a to its second image: {degrees(a, second):.0f}°"
     )
     mirror(ax, half)
     mirror(ax, b)

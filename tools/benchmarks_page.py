@@ -18,7 +18,7 @@ table. Every run checks first that all candidates but straight-through compute t
 ESTIMATORS = """
 ## The rotation trick, forward and backward {{#estimators-{device}}}
 
-`python benchmarks/estimators.py` times the value and its gradient to `z`, float32, against plain straight-through
+`python benchmarks/estimators.py` times the value and its gradient to `z` for N vectors of d numbers, float32, against plain straight-through
 (`z + (q − z).detach()`), `rotate_to` of `vector_quantize_pytorch` 1.32, and the formula written as batched matrix products.
 Median in milliseconds, quartiles in brackets; "compiled" is one graph by `torch.compile`.
 """
@@ -51,8 +51,8 @@ def estimators(held: dict) -> str:
     about = f"{machine['name']}, {machine['device']}, {machine['threads']} threads, PyTorch {machine['torch']}, {held['rounds']} rounds."
     return "\n".join([ESTIMATORS.format(device=machine["device"]), table(head, times), about, "",
                       "How many times the first costs what the second costs:", "", table([*head, "median"], rates),
-                      "Most memory held at one time, in multiples of the size of `z`. The gradient is one; `rotvq` does not copy the value, `q`:", "",
-                      table(head, memory), f"![Time of forward and backward, relative to plain straight-through. {about}]"
+                      "Most memory held at one time, in multiples of the size of `z`. The gradient is one; `rotvq` does not copy the value, `q`; below d = 8 it turns its blocks over, into buffers:", "",
+                      table(head, memory), f"![Time of forward and backward, relative to plain straight-through, on a logarithmic axis. {about}]"
                       f"(images/estimators_{machine['device']}.png)", ""])
 
 
