@@ -7,21 +7,14 @@ All candidates of a shape take turns in one run, so ratios are comparable even w
 nbs/results/estimators_<device>.json and, from it, nbs/benchmarks.qmd. Takes about five minutes on two cores.
 """
 import argparse
-import gc
-import json
-import platform
-import statistics
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import torch
 from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to
 
+from measure import in_turns, machine, save
 from rotvq import rotation_trick
 
-ROOT = Path(__file__).resolve().parent.parent
 SHAPES = [(65536, 32), (16384, 256), (262144, 4), (1024, 1024)]
 
 
@@ -57,44 +50,6 @@ def once(f, z, q, g):
     return torch.autograd.grad(f(z, q), z, g)[0]
 
 
-def seconds(f, z, q, g) -> float:
-    sync = torch.cuda.synchronize if z.device.type == "cuda" else lambda: None
-    sync()
-    start = time.perf_counter()
-    once(f, z, q, g)
-    sync()
-    return time.perf_counter() - start
-
-
-def peak_bytes(f, z, q, g) -> int:
-    "Most memory held at one time beyond what was held before, the gradient included."
-    gc.collect()
-    if z.device.type == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        once(f, z, q, g)
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(profile_memory=True) as profile:
-        once(f, z, q, g)
-    held = most = 0
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most
-
-
-def machine(device: str) -> dict:
-    name = platform.processor() or platform.machine()
-    if device == "cuda":
-        name = torch.cuda.get_device_name()
-    elif Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-    return {"device": device, "name": name, "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "python": platform.python_version()}
-
-
 def measure(n: int, d: int, device: str, rounds: int) -> dict:
     gen = torch.Generator().manual_seed(0)
     z, q, g = (torch.randn(n, d, generator=gen).to(device) for _ in range(3))
@@ -106,13 +61,7 @@ def measure(n: int, d: int, device: str, rounds: int) -> dict:
     for name in forms.keys() - {"plain STE", "plain STE, compiled"}:       # the same function, up to rounding
         error = (once(forms[name], z, q, g) - exact).norm(dim=-1) / exact.norm(dim=-1)
         assert error.quantile(.999) < 1e-3 and (not name.startswith("rotvq") or error.max() < 1e-5), (name, error.max())
-    times = {name: [] for name in forms}
-    for _ in range(rounds):
-        for name, f in forms.items(): times[name].append(seconds(f, z, q, g))
-    out = {}
-    for name, f in forms.items():
-        low, median, high = statistics.quantiles(times[name], n=4)
-        out[name] = {"median_s": median, "quartiles_s": [low, high], "peak_bytes": peak_bytes(f, z, q, g)}
+    out = in_turns({name: lambda f=f: once(f, z, q, g) for name, f in forms.items()}, rounds, device)
     return {"shape": [n, d], "input_bytes": 4 * n * d, "results": out}
 
 
@@ -127,10 +76,8 @@ def main():
         shapes.append(measure(n, d, args.device, args.rounds))
         times = {name: f"{1e3 * r['median_s']:.2f} ms" for name, r in shapes[-1]["results"].items()}
         print(f"({n}, {d})", times, flush=True)
-    out = args.out or ROOT / "nbs" / "results" / f"estimators_{args.device}.json"
     result = {"machine": machine(args.device), "rounds": args.rounds, "dtype": "float32", "shapes": shapes}
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    if args.out is None: subprocess.run([sys.executable, ROOT / "tools" / "benchmarks_page.py"], check=True)
+    save(result, "estimators", args.out)
 
 
 if __name__ == "__main__":

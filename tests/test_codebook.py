@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from rotvq.codebook import ema_update, kmeans, nearest_code
+from rotvq.codebook import best_score, code_counts, code_sums, ema_update, kmeans, nearest_code, perplexity, seed_codes, usage
 
 
 @given(seed=st.integers(0, 10**6), n=st.integers(0, 40), K=st.integers(1, 30), d=st.integers(1, 12), tile=st.sampled_from([None, 1, 17, 64]))
@@ -66,15 +66,24 @@ def test_kmeans_of_many_half_precision_vectors(dtype):
     assert_close(kmeans(z, 1)[0], z.float().mean(0).to(dtype))
 
 
-def test_an_empty_batch_leaves_the_codebook_alone():
-    codebook, counts, sums = torch.randn(4, 2), torch.ones(4), torch.randn(4, 2)
-    before = codebook.clone()
-    ema_update(codebook, counts, sums, torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64), decay=0.0)
-    assert torch.equal(codebook, before)
+@pytest.mark.parametrize("spoil", ["empty", "nan", "inf", "overflow", "padding"])
+@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
+def test_a_batch_without_good_vectors_leaves_everything_alone(spoil, distance):
+    state = torch.randn(4, 2), torch.rand(4), torch.randn(4, 2)
+    before = [x.clone() for x in state]
+    z, indices = torch.randn(6, 2), torch.tensor([0, 1, 1, 2, 3, 3])
+    if spoil == "empty": z, indices = z[:0], indices[:0]
+    if spoil == "nan": z[2, 1] = torch.nan
+    if spoil == "inf": z[2, 1] = torch.inf
+    if spoil == "overflow": z[4:] = 3e38
+    if spoil == "padding": indices = torch.full((6,), -1)
+    ema_update(*state, code_sums(z, indices, 4), decay=0.0, distance=distance)
+    assert all(torch.equal(a, b) for a, b in zip(state, before))
 
 
-def test_kmeans_refuses_no_vectors():
+def test_kmeans_refuses():
     with pytest.raises(ValueError, match="N ≥ 1"): kmeans(torch.zeros(0, 3), 4)
+    with pytest.raises(ValueError, match="manhattan.*choose"): kmeans(torch.zeros(5, 3), 4, distance="manhattan")
 
 
 @given(seed=st.integers(0, 10**6), decay=st.floats(0, 0.99))
@@ -85,7 +94,81 @@ def test_running_average_equals_the_one_hot_form(seed, decay):
     z, indices = torch.randn(30, d, generator=g, dtype=torch.float64), torch.randint(K, (30,), generator=g)
     one_hot = torch.nn.functional.one_hot(indices, K).double()
     N, m = decay * counts + (1 - decay) * one_hot.sum(0), decay * sums + (1 - decay) * one_hot.T @ z
-    ema_update(codebook, counts, sums, z, indices, decay)
+    ema_update(codebook, counts, sums, code_sums(z, indices, K), decay)
     assert_close(counts, N)
     assert_close(sums, m)
     assert_close(codebook, m / ((N + 1e-5) / (N.sum() + K * 1e-5) * N.sum())[:, None])
+
+
+@given(seed=st.integers(0, 10**6), n=st.integers(0, 200), K=st.one_of(st.integers(1, 300), st.integers(1000, 2200)), d=st.sampled_from([3, 9]), tile=st.integers(1, 80_000))
+def test_search_by_groups_finds_the_first_of_the_largest(seed, n, K, d, tile):
+    g = torch.Generator().manual_seed(seed)
+    z, codes, offset, origin = (torch.randint(-2, 3, shape, generator=g).float() for shape in ((n, d), (K, d), (K,), (d,)))
+    scores = (z - origin) @ codes.T + offset
+    expected = torch.tensor([row.index(max(row)) for row in scores.tolist()], dtype=torch.int64)
+    assert torch.equal(best_score(z, codes, offset, origin, tile), expected)
+
+
+def test_search_answers_with_a_code_also_for_what_is_not_finite():
+    z = torch.full((8, 5), torch.nan)
+    z[4:] = torch.inf
+    z[6:, 0] = -torch.inf
+    for K in (1, 65, 1000):
+        indices = nearest_code(z, torch.randn(K, 5, generator=torch.Generator().manual_seed(0)))
+        assert ((indices >= 0) & (indices < K)).all()
+
+
+@given(seed=st.integers(0, 10**6), d=st.integers(1, 9))
+def test_cosine_lookup_is_the_smallest_angle_at_any_length(seed, d):
+    g = torch.Generator().manual_seed(seed)
+    z, codes = torch.randn(40, d, generator=g, dtype=torch.float64), torch.randn(90, d, generator=g, dtype=torch.float64)
+    similarity = torch.nn.functional.cosine_similarity(z[:, None], codes, dim=-1)
+    indices = nearest_code(z * torch.rand(40, 1, generator=g).mul(20).exp(), codes * torch.rand(90, 1, generator=g).add(0.01), distance="cosine")
+    assert_close(similarity.gather(1, indices[:, None])[:, 0], similarity.amax(1))
+    with pytest.raises(ValueError, match="l1.*choose"): nearest_code(z, codes, distance="l1")
+
+
+def test_lookup_is_one_operator_of_a_compiled_graph():
+    graphs = []
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    z, codes = torch.randn(3000, 4, generator=torch.Generator().manual_seed(0)), torch.randn(500, 4, generator=torch.Generator().manual_seed(1))
+    f = lambda z, codes: nearest_code(z, codes, tile=1000)               # 1500 tiles
+    assert torch.equal(torch.compile(f, fullgraph=True, backend=keep)(z, codes), nearest_code(z, codes))
+    calls = [node for node in graphs[0].graph.nodes if node.op == "call_function"]
+    assert len(calls) < 40 and any("best_score" in str(node.target) for node in calls)
+    torch.library.opcheck(torch.ops.rotvq.best_score.default, (z[:50], codes, codes[:, 0].clone(), z[50], 7))
+
+
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 50), K=st.integers(1, 60), d=st.integers(1, 4))
+def test_seeds_are_distinct_points_while_there_are_enough(seed, n, K, d):
+    g = torch.Generator().manual_seed(seed)
+    z = torch.randn(n, d, generator=g)
+    rows = seed_codes(z, K, g)
+    assert rows.shape == (K,) and rows.min() >= 0 and rows.max() < n
+    assert len(rows.unique()) == min(n, K)
+    assert len(seed_codes(z[:1].expand(n, d), K, g)) == K                 # all points alike
+
+
+def test_seeds_follow_the_squared_distance():
+    z = torch.tensor([[0.0], [1.0], [3.0]])
+    pairs = torch.stack([seed_codes(z, 2, torch.Generator().manual_seed(k)) for k in range(3000)])
+    after_first = pairs[pairs[:, 0] == 0][:, 1]
+    assert after_first.eq(2).float().mean() == pytest.approx(0.9, abs=0.03)   # 9 / (1 + 9)
+
+
+def test_kmeans_by_angle_ends_with_unit_codes():
+    g = torch.Generator().manual_seed(0)
+    codes = kmeans(torch.randn(500, 6, generator=g) * 7, 20, generator=g, distance="cosine")
+    assert_close(codes.norm(dim=1), torch.ones(20))
+
+
+def test_sums_and_counts_leave_padding_out():
+    g = torch.Generator().manual_seed(0)
+    z, indices = torch.randn(100, 3, generator=g), torch.randint(-1, 5, (100,), generator=g)
+    batch = code_sums(z, indices, 5)
+    for k in range(5): assert_close(batch[k], torch.cat([z[indices == k].sum(0), (indices == k).sum()[None].float()]))
+    assert torch.equal(code_counts(indices.view(4, 25), 5), batch[:, -1])
+    assert code_sums(z.bfloat16(), indices, 5).dtype == torch.float32 and code_sums(z.double(), indices, 5).dtype == torch.float64
+    assert usage(batch[:, -1]) == 1 and 1 < perplexity(batch[:, -1]) <= 5 and perplexity(torch.zeros(3)) == 1

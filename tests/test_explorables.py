@@ -13,11 +13,12 @@ import torch
 from torch.testing import assert_close
 
 from rotvq import nearest_code, reflect, reflection_trick, rotation_trick, straight_through
+from rotvq.codebook import code_sums
 
 NBS = Path(__file__).resolve().parent.parent / "nbs"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 TRICKS = {"ste": straight_through, "rotation": rotation_trick, "reflection": reflection_trick}
-CHAPTERS = {"02_ste": "lookup", "03_householder": "mirrors", "04_rotation": "rotation", "05_reflection": "mirror", "06_scaling": "origin"}
+CHAPTERS = {"01_vqvae": "means", "02_ste": "lookup", "03_householder": "mirrors", "04_rotation": "rotation", "05_reflection": "mirror", "06_scaling": "origin"}
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome on PATH")
 
 
@@ -73,6 +74,7 @@ def test_formulas_agree_with_the_package(tmp_path):
       out.reflect = rows.map((r) => rotvq.reflect(r.slice(0, 2), r.slice(2, 4)));
       out.nearest = rows.map((r) => rotvq.nearest(r.slice(0, 2), rotvq.codes));
       out.codes = rotvq.codes;
+      out.points = rotvq.points;
       return out;""")
     as_tensor = lambda name: torch.tensor(answer[name], dtype=torch.float64)
     for name, trick in TRICKS.items():
@@ -85,6 +87,8 @@ def test_formulas_agree_with_the_package(tmp_path):
     source = (NBS / "02_ste.ipynb").read_text(encoding="utf-8")
     in_chapter = ast.literal_eval(re.search(r"CODES = torch.tensor\((\[\[.*?\]\])\)", source).group(1))
     assert in_chapter == answer["codes"], "the chapter and the script draw different codes"
+    source = "".join(line for cell in json.loads((NBS / "01_vqvae.ipynb").read_text(encoding="utf-8"))["cells"] for line in cell["source"])
+    assert ast.literal_eval(re.search(r"POINTS = torch.tensor\((\[\[.*?\]\])\)", source, re.DOTALL).group(1)) == answer["points"]
 
 
 @needs_browser
@@ -118,6 +122,7 @@ def test_figures_move_by_keyboard_and_pointer(tmp_path, chapter):
           label: handle.getAttribute("aria-label"), value: handle.getAttribute("aria-valuetext"), focus: document.activeElement === handle});
       }
       out.later = element.querySelector(".rotvq-says").textContent;
+      out.means = element.rotvq.drawn.means; out.loss = element.rotvq.drawn.loss; out.points = rotvq.points;
       out.state = element.rotvq.state; out.grads = element.rotvq.drawn.grads || {};
       return out;""", html)
     assert not answer["picture_left"] and answer["said"] and answer["later"] != answer["said"]
@@ -136,3 +141,9 @@ def test_figures_move_by_keyboard_and_pointer(tmp_path, chapter):
             expected = torch.autograd.grad(TRICKS[name](point, q), point, state["g"])[0]
             assert all(math.isfinite(x) for x in grad)
             assert_close(torch.tensor(grad, dtype=torch.float64), expected)
+    if "means" in answer:
+        points, codes = torch.tensor(answer["points"]).double(), torch.stack(list(state.values()))
+        batch = code_sums(points, nearest_code(points, codes), 3)
+        means = torch.where(batch[:, 2:] > 0, batch[:, :2] / batch[:, 2:], codes)
+        assert_close(torch.tensor(answer["means"], dtype=torch.float64), means)
+        assert answer["loss"] == pytest.approx((points - codes[nearest_code(points, codes)]).square().sum(1).mean().item())

@@ -1,20 +1,35 @@
 """The layer: layouts, learning, independence of mode and copies, compilation, bad input."""
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from rotvq import Quantized, VectorQuantizer, rotation_trick
-from rotvq.quantizer import ESTIMATORS
+from rotvq.codebook import nearest_code
+from rotvq.quantizer import ESTIMATORS, convert_state_dict, draw_rows
 
 from test_estimators import explicit
 
 
+OPTIONS = {"plain": {}, "cosine": {"distance": "cosine"}, "learnable": {"learnable": True}, "learnable cosine": {"learnable": True, "distance": "cosine"},
+           "revival": {"revive_after": 1}, "learnable revival": {"learnable": True, "revive_after": 2}, "cosine revival": {"distance": "cosine", "revive_after": 1},
+           "frozen": {"frozen": True}, "k-means": {"init": "kmeans"}}
+
+
 def layer(**kw):
     torch.manual_seed(0)
-    return VectorQuantizer(8, 32, init="normal", **kw)
+    return VectorQuantizer(8, 32, **({"init": "normal"} | kw))
+
+
+def state_of(vq): return {k: v.detach().clone() for k, v in vq.state_dict().items()}
+
+
+def same(a, b): return all(torch.equal(v, b[k]) for k, v in a.items())
 
 
 def test_returns_unpack_and_value_is_a_code():
@@ -69,33 +84,41 @@ def test_training_moves_the_codebook_and_eval_does_not():
     vq.eval()(z)
     assert all(torch.equal(v, start[k]) for k, v in vq.state_dict().items())
     vq.train()(z)
-    assert not any(torch.equal(v, start[k]) for k, v in vq.state_dict().items())
+    changed = {k for k, v in vq.state_dict().items() if not torch.equal(v, start[k])}
+    assert changed >= {"codebook", "sums", "counts"}
 
 
-def test_same_after_copy_pickle_and_state_dict():
-    vq, z = layer(), torch.randn(100, 8)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_same_after_copy_pickle_and_state_dict(options):
+    vq, z = layer(**OPTIONS[options]), torch.randn(100, 8)
     vq(z)
-    other = VectorQuantizer(8, 32)
+    other = VectorQuantizer(8, 32, **OPTIONS[options])
     other.load_state_dict(vq.state_dict())
     for twin in (copy.deepcopy(vq), pickle.loads(pickle.dumps(vq)), other):
-        a, b = copy.deepcopy(vq)(z), twin(z)
+        torch.manual_seed(3)                                            # revival draws
+        a = copy.deepcopy(vq)(z)
+        torch.manual_seed(3)
+        b = twin(z)
         assert torch.equal(a.q, b.q) and torch.equal(a.indices, b.indices) and torch.equal(a.loss, b.loss)
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_compiles_whole_and_runs_on_meta(mode, estimator):
-    vq, x = layer(estimator=estimator), torch.randn(2, 8, 4, 4)
+@pytest.mark.parametrize("options", [{"estimator": name} for name in ESTIMATORS] + list(OPTIONS.values())[1:], ids=str)
+def test_compiles_whole_and_runs_on_meta(mode, options):
+    torch._dynamo.reset()                                                # each layer is a new variant of one function
+    vq, x = layer(**options), torch.randn(2, 8, 4, 4)
+    if vq.init == "kmeans": vq.kmeans_init(x)
     getattr(vq, mode)()
     twin = copy.deepcopy(vq)
     compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
     for net, leaf in ((vq, a), (compiled, b)):
+        torch.manual_seed(1)
         out = net(leaf)
         (out.q.square().sum() + out.loss).backward()
     assert_close(a.grad, b.grad)
-    assert_close(vq.codebook, twin.codebook)
-    on_meta = layer(estimator=estimator).to("meta")
+    if vq.revive_after is None: assert_close(vq.state_dict(), twin.state_dict())   # a compiled graph draws other random numbers
+    on_meta = layer(**options).to("meta")
     getattr(on_meta, mode)()
     assert on_meta(x.to("meta")).q.shape == x.shape
 
@@ -104,7 +127,7 @@ def test_autocast_and_half_inputs_keep_the_codebook_in_float32():
     vq, x = layer(), torch.randn(4, 10, 8)
     with torch.autocast("cpu", torch.bfloat16): out = vq(x.bfloat16())
     assert out.q.dtype == torch.bfloat16 and out.loss.dtype == torch.float32
-    assert all(v.dtype == torch.float32 for v in vq.state_dict().values())
+    assert all(v.dtype == torch.float32 for k, v in vq.state_dict().items() if k not in ("idle", "ready"))
 
 
 def test_empty_input_changes_nothing():
@@ -126,7 +149,8 @@ def test_kmeans_init_lowers_the_error():
 
 
 @pytest.mark.parametrize("kw, word", [(dict(dim=0), "dim = 0"), (dict(codebook_size=0), "codebook_size = 0"), (dict(decay=1.0), "decay = 1.0"),
-    (dict(decay=-0.1), "decay"), (dict(commitment=-1), "commitment"), (dict(estimator="nope"), "nope"), (dict(init="zeros"), "zeros")])
+    (dict(decay=-0.1), "decay"), (dict(commitment=-1), "commitment"), (dict(estimator="nope"), "nope"), (dict(init="zeros"), "zeros"),
+    (dict(distance="l1"), "l1"), (dict(revive_after=0), "revive_after = 0"), (dict(decay=float("nan")), "decay = nan"), (dict(commitment=float("nan")), "commitment = nan")])
 def test_bad_settings_are_refused(kw, word):
     with pytest.raises(ValueError, match=word): VectorQuantizer(**(dict(dim=4, codebook_size=8) | kw))
 
@@ -151,3 +175,282 @@ def test_a_decoder_may_begin_in_place(estimator):
     z = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
     torch.nn.functional.relu(layer(z).q, inplace=True).sum().backward()
     assert z.grad.isfinite().all()
+
+
+# Masks
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_padding_counts_for_nothing(options):
+    gen = torch.Generator().manual_seed(0)
+    z, mask = torch.randn(4, 30, 8, generator=gen), torch.rand(4, 30, generator=gen) < 0.6
+    alone, padded = layer(**OPTIONS[options]), layer(**OPTIONS[options])
+    leaf, leaf_alone = torch.where(mask[..., None], z, torch.nan).requires_grad_(), z[mask].requires_grad_()
+    torch.manual_seed(1)
+    a = alone(leaf_alone)
+    torch.manual_seed(1)
+    b = padded(leaf, mask)
+    assert torch.equal(b.indices[mask], a.indices) and b.indices[~mask].eq(-1).all()
+    assert torch.equal(b.q[mask], a.q) and b.q[~mask].eq(0).all()
+    assert_close(a.loss, b.loss)
+    assert_close(state_of(alone), state_of(padded))
+    (a.q.square().sum() + a.loss).backward(), (b.q.square().sum() + b.loss).backward()
+    assert_close(leaf.grad[mask], leaf_alone.grad)
+    assert leaf.grad[~mask].eq(0).all()
+
+
+def test_masks_of_feature_maps_and_masks_that_do_not_fit():
+    vq, x, mask = layer(), torch.randn(2, 8, 3, 5), torch.rand(2, 3, 5) < 0.5
+    assert torch.equal(vq(x, mask).indices >= 0, mask)
+    with pytest.raises(ValueError, match=r"\(2, 15\).*\(2, 3, 5\)"): vq(x, mask.view(2, 15))
+    with pytest.raises(TypeError, match="float32.*boolean"): vq(x, mask.float())
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_an_all_padding_batch_changes_nothing(options):
+    vq = layer(**OPTIONS[options])
+    before, z = state_of(vq), torch.randn(2, 10, 8, requires_grad=True)
+    out = vq(z, torch.zeros(2, 10, dtype=torch.bool))
+    (out.q.sum() + out.loss).backward()
+    assert out.loss == 0 and out.q.eq(0).all() and out.indices.eq(-1).all() and z.grad.eq(0).all()
+    assert same(state_of(vq), before)
+
+
+def test_decode_gives_zero_for_padding():
+    vq, z, mask = layer().eval(), torch.randn(2, 6, 8), torch.tensor([[True] * 4 + [False] * 2, [True] * 6])
+    out = vq(z, mask)
+    assert torch.equal(vq.decode(out.indices), out.q)
+
+
+# Input that is not finite
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_batch_with_nan_leaves_the_codebook_untouched(options, value):
+    vq = layer(**OPTIONS[options])
+    if vq.init != "kmeans": vq(torch.randn(40, 8))
+    before, z = state_of(vq), torch.randn(40, 8)
+    z[7, 3] = value
+    out = vq(z.requires_grad_())
+    assert not out.loss.isfinite() and out.q.isfinite().all()             # noticed, but not spread
+    if vq.init == "kmeans": assert state_of(vq)["codebook"].isfinite().all()   # placed on the good vectors
+    elif vq.learnable:                                                     # counts and revival go on with good vectors; so does the optimizer
+        assert state_of(vq)["codebook"].isfinite().all()
+        out.loss.backward()
+        assert vq.codebook.grad.isfinite().all()
+    else: assert same(state_of(vq), before)
+
+
+def test_a_kmeans_start_waits_for_a_good_batch():
+    vq = layer(init="kmeans")
+    vq(torch.full((10, 8), torch.nan))
+    assert not vq.ready
+    vq(torch.randn(100, 8))
+    assert vq.ready and vq.usage() > 0.8
+    with pytest.raises(ValueError, match="finite"): layer().kmeans_init(torch.full((3, 8), torch.nan))
+
+
+# Learning
+
+
+def test_codebook_loss_and_commitment_of_a_learnable_codebook():
+    for distance in ("euclidean", "cosine"):
+        vq, z = layer(learnable=True, commitment=0.25, distance=distance).double(), torch.randn(50, 8, dtype=torch.float64, requires_grad=True)
+        out, leaf = vq(z), z.detach().clone().requires_grad_()
+        unit = (lambda v: v) if distance == "euclidean" else lambda v: v / v.norm(dim=1, keepdim=True)
+        codebook = vq.codebook.detach().clone().requires_grad_()
+        zn, q = unit(leaf), unit(codebook)[out.indices]
+        loss = (zn.detach() - q).square().mean() + 0.25 * (zn - q.detach()).square().mean()
+        assert_close(out.loss, loss)
+        assert_close(torch.autograd.grad(out.loss + 0 * out.q.sum(), (z, vq.codebook)), torch.autograd.grad(loss, (leaf, codebook)))
+        assert torch.autograd.grad(vq(z).q.sum(), vq.codebook, allow_unused=True)[0] is None   # the decoder does not train it
+
+
+def test_a_learnable_codebook_trains():
+    vq, z = layer(learnable=True), torch.randn(500, 8)
+    opt = torch.optim.Adam(vq.parameters(), 0.05)
+    losses = []
+    for _ in range(60):
+        losses.append(vq(z).loss)
+        opt.zero_grad(), losses[-1].backward(), opt.step()
+    assert losses[-1] < 0.8 * losses[0] and "sums" not in vq.state_dict()
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_frozen_and_eval_change_nothing(options):
+    vq, z = layer(**OPTIONS[options]), torch.randn(200, 8, requires_grad=True)
+    before = state_of(vq)
+    vq.eval()(z)
+    vq.train().frozen = True
+    out = vq(z)
+    assert same(state_of(vq), before)
+    if vq.learnable: assert torch.autograd.grad(out.loss, vq.codebook, allow_unused=True)[0] is None
+    vq.frozen = False
+    vq(z)
+    assert not same(state_of(vq), before)
+
+
+def test_unused_codes_are_revived_and_used_ones_left_alone():
+    torch.manual_seed(0)
+    vq = VectorQuantizer(2, 8, init="normal", revive_after=3)
+    vq.codebook.copy_(torch.tensor([[0.0, 0.0], [1.0, 1.0]] + [[100.0, 100.0]] * 6))
+    vq.sums.copy_(vq.codebook)
+    z = torch.rand(64, 2)
+    for step in range(3):
+        used = vq.codebook.clone()
+        vq(z)
+        if step < 2: assert vq.idle[2:].eq(step + 1).all() and (z[:, None] != vq.codebook[2:]).any(-1).all()
+    fresh = vq.codebook[2:]
+    assert (fresh[:, None] == z).all(-1).any(1).all() and len(fresh.unique(dim=0)) == 6   # distinct vectors of the batch
+    assert vq.counts[2:].eq(1).all() and torch.equal(vq.sums[2:], fresh) and vq.idle.eq(0).all()
+    assert (vq.codebook[:2] - used[:2]).abs().max() < 0.3                # moved by the average only
+    vq(z)
+    assert vq.usage() > 0.8
+
+
+@given(seed=st.integers(0, 10**6), n=st.integers(0, 30), count=st.integers(1, 40))
+def test_drawn_rows_are_usable_and_repeat_only_when_they_must(seed, n, count):
+    gen = torch.Generator().manual_seed(seed)
+    z, usable = torch.randn(n, 3, generator=gen), torch.rand(n, generator=gen) < 0.5
+    rows, some = draw_rows(z, usable, count)
+    assert rows.shape == (count, 3) and some == usable.any()
+    if some:
+        assert (rows[:, None] == z[usable]).all(-1).any(1).all()
+        assert len(rows.unique(dim=0)) >= min(count, int(usable.sum())) - (int(usable.sum()) > count)
+
+
+def test_kmeans_start_happens_once_and_survives_saving():
+    vq, z = layer(init="kmeans"), torch.randn(300, 8)
+    uniform = vq.codebook.clone()
+    vq.eval()(z)
+    assert torch.equal(vq.codebook, uniform) and not vq.ready              # eval: the uniform codes serve
+    vq.train()(z)
+    assert vq.ready and vq.usage() > 0.9
+    other = VectorQuantizer(8, 32, init="kmeans", decay=0.999)
+    other.load_state_dict(vq.state_dict())
+    other(torch.rand(100, 8) / 100)                                        # no second start
+    assert (other.codebook - vq.codebook).abs().max() < 0.1 < vq.codebook.abs().max()
+    few = VectorQuantizer(8, 32, init="kmeans")
+    few(z[:5])
+    assert few.codebook.isfinite().all() and len(few.encode(z[:5]).unique()) == 5
+
+
+def test_kmeans_init_takes_several_batches_and_masks():
+    z = torch.randn(60, 8)
+    a, b, c = layer(), layer(), layer()
+    seed = lambda: torch.Generator().manual_seed(0)
+    a.kmeans_init(z, generator=seed())
+    b.kmeans_init([z[:10], z[10:]], generator=seed())
+    c.kmeans_init(torch.cat([z, torch.full((5, 8), torch.nan)])[None], torch.arange(65)[None] < 60, generator=seed())
+    assert torch.equal(a.codebook, b.codebook) and torch.equal(a.codebook, c.codebook)
+
+
+# Types, devices and what it says
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_layer_in_another_dtype(options, dtype):
+    vq, z = layer(**OPTIONS[options]).to(dtype), torch.randn(3000, 8).to(dtype).requires_grad_()
+    for _ in range(2):
+        out = vq(z)
+        (out.q.float().sum() + out.loss).backward()
+    assert out.q.dtype == dtype and out.q.isfinite().all() and z.grad.isfinite().all()
+    assert all(v.dtype == dtype for v in vq.state_dict().values() if v.is_floating_point())
+    n = torch.bincount(vq.encode(z), minlength=32)
+    if options == "plain": assert_close(vq.eval()(z).q, vq.codebook[vq.encode(z)]) and n.max() > 256
+
+
+def test_warns_once_and_only_where_lambda_matters():
+    def warned(scale, **options):
+        vq = layer(learnable=True, **options)
+        vq.codebook.data.mul_(scale)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            for _ in range(25): vq(torch.randn(64, 8))
+        return [str(w.message) for w in seen]
+    for name in ("rotation", "reflection"):
+        small, = warned(1e-3, estimator=name)
+        large, = warned(1e3, estimator=name)
+        assert name in small and "kmeans" in small and "e-0" in small and "e+0" in large
+    for options in (dict(estimator="ste"), dict(distance="cosine"), dict(estimator=lambda z, q: q)): assert not warned(1e-3, **options)
+    assert not warned(1)
+
+
+def test_diagnosis_against_explicit_angles():
+    vq, z = layer().double(), torch.randn(2, 50, 8, dtype=torch.float64)
+    z[0, 0] = 0
+    before = state_of(vq)
+    seen = vq.diagnose(z)
+    flat = z.reshape(-1, 8)
+    q = vq.codebook[nearest_code(flat, vq.codebook)]
+    assert seen.theta[0].isnan() and seen.lam[0].isnan()
+    cosine = torch.nn.functional.cosine_similarity(flat, q)
+    assert_close(seen.theta[1:], cosine.clamp(-1, 1).arccos()[1:])
+    assert_close(seen.lam[1:], (q.norm(dim=1) / flat.norm(dim=1))[1:])
+    assert_close(seen.quantization_error, (flat - q).square().mean())
+    assert seen.usage == len(vq.encode(z).unique()) / 32 and 1 < seen.perplexity <= 32
+    assert same(state_of(vq), before) and vq.training
+    assert_close(layer(distance="cosine").diagnose(torch.randn(20, 8)).lam, torch.ones(20))
+
+
+def test_usage_and_perplexity_of_the_layer():
+    vq = layer(decay=0.9)
+    vq.idle.fill_(9)
+    vq(vq.codebook[:8].repeat(3, 1))
+    assert vq.usage() == 0.25
+    vq(vq.codebook[8:12].clone())
+    assert vq.usage() == 0.125 and vq.usage(within=2) == 0.375
+    vq.counts.copy_(torch.tensor([0.5] * 8 + [0.0] * 24))
+    assert vq.perplexity() == pytest.approx(8)
+
+
+def test_repr_says_what_differs_from_the_defaults():
+    assert repr(VectorQuantizer(4, 8)) == "VectorQuantizer(4, 8, estimator=rotation)"
+    text = repr(VectorQuantizer(4, 8, estimator="ste", distance="cosine", learnable=True, revive_after=9, channel_first=True))
+    assert all(word in text for word in ("estimator=ste", "distance=cosine", "learnable=True", "revive_after=9", "channel_first=True"))
+
+
+# Against vector_quantize_pytorch
+
+
+@pytest.mark.parametrize("kind", ["euclidean", "cosine", "learnable"])
+def test_converted_state_gives_equal_indices_and_values(kind):
+    from vector_quantize_pytorch import VectorQuantize
+    torch.manual_seed(0)
+    more = {"euclidean": {}, "cosine": {"use_cosine_sim": True}, "learnable": {"learnable_codebook": True, "ema_update": False}}[kind]
+    theirs = VectorQuantize(8, 32, **more)
+    for _ in range(5): theirs(torch.randn(4, 100, 8))
+    ours = VectorQuantizer(8, 32, learnable=kind == "learnable", distance="cosine" if kind == "cosine" else "euclidean")
+    ours.load_state_dict(convert_state_dict(theirs.state_dict(), learnable=kind == "learnable"))
+    z = torch.randn(4, 100, 8, requires_grad=True)
+    for mode in ("eval", "train"):
+        getattr(ours, mode)(), getattr(theirs, mode)()
+        (q, indices, loss), (q_, indices_, loss_) = ours(z), theirs(z)
+        assert torch.equal(indices, indices_)
+        assert_close(q, q_, rtol=1e-3, atol=1e-4)
+    if kind == "learnable": assert_close(loss, 2 * loss_.squeeze())      # theirs: one term, whose gradient goes both ways
+    else: assert_close(loss, loss_.squeeze())
+    if kind != "learnable": assert_close(ours.codebook, theirs.codebook, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("more, word", [({"heads": 2, "separate_codebook_per_head": True, "codebook_dim": 4}, "2 codebooks"), ({"codebook_dim": 4}, "project_in")])
+def test_converter_refuses_what_it_cannot_carry(more, word):
+    from vector_quantize_pytorch import VectorQuantize
+    with pytest.raises(ValueError, match=word): convert_state_dict(VectorQuantize(8, 32, **more).state_dict())
+    with pytest.raises(ValueError, match="prefix"): convert_state_dict({"vq._codebook.embed": torch.zeros(1, 2, 2)})
+
+
+@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
+def test_masked_step_equals_theirs(distance):
+    from vector_quantize_pytorch import VectorQuantize
+    torch.manual_seed(0)
+    ours, theirs = layer(distance=distance), VectorQuantize(8, 32, use_cosine_sim=distance == "cosine", rotation_trick=False)
+    theirs._codebook.embed.copy_(ours.codebook), theirs._codebook.embed_avg.copy_(ours.codebook)
+    for _ in range(10):
+        z, mask = torch.randn(4, 40, 8), torch.rand(4, 40) < 0.7
+        a, b = ours(z, mask), theirs(z, mask=mask)
+        assert torch.equal(a.indices, b[1])
+        assert_close(a.q, b[0], rtol=1e-4, atol=1e-5)
+        assert_close(ours.codebook, theirs.codebook, rtol=1e-4, atol=1e-5)

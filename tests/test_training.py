@@ -18,8 +18,9 @@ import rotvq.cli as cli
 import rotvq.training as training
 from rotvq import VQVAE
 from rotvq.cli import comparison_table, main
+from rotvq.codebook import perplexity, usage
 from rotvq.data import SAMPLE, Source, decode_picture, list_pictures
-from rotvq.metrics import perplexity, psnr, usage
+from rotvq.metrics import psnr
 from rotvq.training import PRESETS, Learner, batches, evaluate, find_preset, to_float, train
 
 TINY = dataclasses.replace(PRESETS["smoke"], name="tiny", limit=48, epochs=2)

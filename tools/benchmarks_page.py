@@ -13,7 +13,8 @@ title: "Benchmarks"
 <!-- Made by tools/benchmarks_page.py from nbs/results/; edit there. -->
 
 All candidates of a shape take turns in one run, so compare down a column; absolute times belong to the machine named below each
-table. Every run checks first that all candidates but straight-through compute the same gradients.
+table. Every run checks first that the candidates compute the same: the estimators the same gradients (all but straight-through),
+the layers the same indices.
 """
 ESTIMATORS = """
 ## The rotation trick, forward and backward {{#estimators-{device}}}
@@ -21,6 +22,22 @@ ESTIMATORS = """
 `python benchmarks/estimators.py` times the value and its gradient to `z` for N vectors of d numbers, float32, against plain straight-through
 (`z + (q − z).detach()`), `rotate_to` of `vector_quantize_pytorch` 1.32, and the formula written as batched matrix products.
 Median in milliseconds, quartiles in brackets; "compiled" is one graph by `torch.compile`.
+"""
+QUANTIZER = """
+## The layer {{#quantizer-{device}}}
+
+`python benchmarks/quantizer.py` times a training step (forward, backward to `z`, and the update of the codebook) and a lookup, for N
+vectors of d numbers, normally distributed, and K codes, float32, decay 0.8. `vector_quantize_pytorch` 1.32 has the same settings, with the
+rotation trick; "plain" is a layer written from the paper of the VQ-VAE with `torch.cdist` and a one-hot matrix. The floor is the
+product of all vectors with all codes, a tile of 2²⁰ scores at a time, and the `argmax` of each row: no gradient, no learning.
+Median in milliseconds, quartiles in brackets.
+"""
+STEP = """
+## Share of a training step {{#step-{device}}}
+
+`python benchmarks/step.py` times whole training steps of the VQ-VAE at the preset `{preset}` (N = {shape[0]}, d = {shape[1]}, K = {shape[2]}),
+with several quantizers and with none, where the encoder output goes straight to the decoder. The share is what a step costs more
+than that.
 """
 NAMES = ["rotvq", "rotvq, compiled", "plain STE", "plain STE, compiled", "rotate_to", "rotate_to, compiled", "batched matrices"]
 
@@ -75,14 +92,85 @@ def draw(held: dict) -> None:
     plt.close(fig)
 
 
-def page() -> tuple[str, list[dict]]:
-    held = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.glob("estimators_*.json"))]
-    return INTRO + "".join(map(estimators, held)), held
+def span(r: dict) -> str: return "{:.1f} ({:.1f} to {:.1f})".format(*(1e3 * t for t in (r["median_s"], *r["quartiles_s"])))
+
+
+def about(held: dict) -> str:
+    machine = held["machine"]
+    return f"{machine['name']}, {machine['device']}, {machine['threads']} threads, PyTorch {machine['torch']}, {held['rounds']} rounds."
+
+
+def quantizer(held: dict) -> str:
+    "The section of one device."
+    shapes, device = held["shapes"], held["machine"]["device"]
+    head = ["(N, d, K)", *("({}, {}, {})".format(*shape["shape"]) for shape in shapes)]
+
+    def part(kind: str, names: list[str], pairs: dict) -> list[str]:
+        times = [[name, *(span(shape[kind][name]) for shape in shapes)] for name in names]
+        rates = []
+        for title, (over, under, key) in pairs.items():
+            values = [shape[kind][over][key] / shape[kind][under][key] for shape in shapes]
+            rates.append([title, *(f"{x:.2f}" if x < 2 else f"{x:.1f}" for x in values), f"{statistics.median(values):.2f}"])
+        return [table(head, times), "How many times the first costs what the second costs:", "", table([*head, "median"], rates)]
+
+    peer = "vector_quantize_pytorch"
+    time = {f"{peer} / rotvq": (peer, "rotvq", "median_s"), "plain / rotvq": ("plain", "rotvq", "median_s"), "rotvq / floor": ("rotvq", "floor", "median_s")}
+    memory = {f"peak memory: rotvq / {peer}": ("rotvq", peer, "peak_bytes"), "peak memory: rotvq / plain": ("rotvq", "plain", "peak_bytes")}
+    mebi = [[name, *(f"{shape['training'][name]['peak_bytes'] / 2**20:.0f}" for shape in shapes)] for name in ("rotvq", peer, "plain", "floor")]
+    return "\n".join([QUANTIZER.format(device=device), "A training step:", "", *part("training", ["rotvq", peer, "plain", "floor"], time | memory),
+                      "Most memory held at one time in a training step, in MiB, the layer and its input not counted:", "", table(head, mebi),
+                      "A lookup, in eval mode; `encode` returns the indices only:", "",
+                      *part("lookup", ["rotvq", "rotvq, encode", peer, "plain", "floor"], time | {"rotvq, encode / floor": ("rotvq, encode", "floor", "median_s")}),
+                      about(held), "",
+                      f"![Time and peak memory of a training step against N, K and d; the other two are at N = 8192, d = 32, K = 1024. {about(held)}]"
+                      f"(images/quantizer_{device}.png)", ""])
+
+
+def draw_quantizer(held: dict) -> None:
+    import matplotlib.pyplot as plt
+
+    from rotvq import plots
+
+    plots.style()
+    fig, axes = plt.subplots(2, 3, figsize=(9, 4.6), sharex="col", sharey="row")
+    shown = {"rotvq": plots.COLORS["rotation"], "vector_quantize_pytorch": "0.45", "floor": "0.75"}
+    for column, (axis, shapes) in zip(axes.T, held["curves"].items()):
+        x = [shape["shape"]["NdK".index(axis)] for shape in shapes]
+        for name, color in shown.items():
+            column[0].loglog(x, [1e3 * shape["training"][name]["median_s"] for shape in shapes], "o-", ms=3, color=color, label=name)
+            column[1].loglog(x, [shape["training"][name]["peak_bytes"] / 2**20 for shape in shapes], "o-", ms=3, color=color)
+        column[1].set(xlabel=axis, xscale="log")
+    axes[0, 0].set_ylabel("ms"), axes[1, 0].set_ylabel("MiB")
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8)
+    fig.savefig(ROOT / "nbs" / "images" / f"quantizer_{held['machine']['device']}.png")
+    plt.close(fig)
+
+
+def step(held: dict) -> str:
+    "The section of one device."
+    none = held["results"]["none"]["median_s"]
+    rows = [[{"none": "no quantizer", "ste": "rotvq, straight-through", "rotation": "rotvq, rotation"}.get(name, name), span(r),
+             "" if name == "none" else f"{1 - none / r['median_s']:.1%}"] for name, r in held["results"].items()]
+    return "\n".join([STEP.format(device=held["machine"]["device"], **held), table(["", "a step, ms", "share"], rows), about(held), ""])
+
+
+SECTIONS = {"estimators": (estimators, draw), "quantizer": (quantizer, draw_quantizer), "step": (step, None)}
+
+
+def page() -> tuple[str, list]:
+    "The text, and what to draw."
+    text, figures = INTRO, []
+    for kind, (write, figure) in SECTIONS.items():
+        for file in sorted(RESULTS.glob(f"{kind}_*.json")):
+            held = json.loads(file.read_text(encoding="utf-8"))
+            text += write(held)
+            if figure: figures.append((figure, held))
+    return text, figures
 
 
 if __name__ == "__main__":
-    text, held = page()
+    text, figures = page()
     file = ROOT / "nbs" / "benchmarks.qmd"
     if "--check" in sys.argv: sys.exit(file.read_text(encoding="utf-8") != text and f"{file} differs from the results: run tools/benchmarks_page.py.")
     file.write_text(text, encoding="utf-8")
-    for each in held: draw(each)
+    for figure, held in figures: figure(held)

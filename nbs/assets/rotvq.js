@@ -55,6 +55,11 @@
   }
 
   const CODES = [[-1.3, 0.8], [-1, -0.9], [0.1, 1.2], [0.2, -0.3], [1.4, 0.9], [1.2, -1.1]];
+  const POINTS = [
+    [-1.2, 1.1], [-1.4, 1], [-0.8, 1.1], [-0.6, 0.6], [-1.2, 0.6], [-1.5, 0.8], [-1.1, 1.1], [-1, 1.7], [-0.9, 0.3],
+    [1.3, 0.5], [1, 1.2], [1.1, 0], [1.3, 0.6], [0.8, 0.3], [1, 0.7], [1.2, 0.9], [1.9, 0.4], [0.9, 0.6],
+    [0.5, -1.5], [0.6, -1.7], [-0.3, -1.2], [-0.2, -1.4], [0.3, -0.9], [0.1, -1.3], [0.6, -1], [0, -0.7], [-0.2, -1.1]];
+  const PALETTE = ["#009E73", "#D55E00", "#56B4E9"];
   const ratio = (q, z) => (norm(z) > 0 && norm(q) > 0 ? norm(q) / norm(z) : 1);
   const degrees = (x) => (Number.isNaN(x) ? "none" : Math.round(x) + "°");
   const away = (x) => (Math.abs(x) < 1e-9 ? "keeps its distance" : x > 0 ? "comes closer" : "goes away");
@@ -117,6 +122,22 @@
           [`from a to its second image a″: ${degrees(angle(p.a, second))}`, "#009E73"]] };
       },
     },
+    means: {
+      points: { a: { label: "first code" }, b: { label: "second code" }, c: { label: "third code" } },
+      draw(p, paint) {
+        const codes = [p.a, p.b, p.c], of = POINTS.map((point) => nearest(point, codes)), means = [];
+        codes.forEach((c, k) => paint.polygon(cell(k, codes, LIMIT), "none"));
+        POINTS.forEach((point, i) => paint.dot(point, PALETTE[of[i]]));
+        codes.forEach((c, k) => {
+          const mine = POINTS.filter((point, i) => of[i] === k);
+          means.push(mine.length ? scale(mine.reduce((sum, point) => add(sum, point)), 1 / mine.length) : c);
+          paint.arrow(c, add(means[k], c, -1), "#000");
+        });
+        const loss = POINTS.reduce((sum, point, i) => sum + norm(add(point, codes[of[i]], -1)) ** 2, 0) / POINTS.length;
+        return { means, loss, lines: [`mean squared distance of the points from their codes: ${loss.toFixed(3)}`,
+          `points of each code: ${codes.map((c, k) => of.filter((i) => i === k).length).join(", ")}`] };
+      },
+    },
     lookup: {
       points: { z: { label: "z" }, t: { label: "t, the target" } },
       draw(p, paint) {
@@ -160,6 +181,7 @@
         line(scale(u, -4), scale(u, 4), { stroke: "#666", "stroke-width": 1.2, "stroke-dasharray": "6 5" });
       },
       polygon(corners, fill) { make("polygon", { points: corners.map(px).join(" "), fill, stroke: "#bbb" }, layer); },
+      dot(at, fill) { const [cx, cy] = px(at); make("circle", { cx, cy, r: 3.5, fill }, layer); },
       cross(at) {
         const [x, y] = px(at);
         make("path", { d: `M${x - 5},${y - 5}l10,10m0,-10l-10,10`, stroke: "#000", "stroke-width": 1.8 }, layer);
@@ -236,7 +258,7 @@
   }
 
   const mountAll = () => document.querySelectorAll(".rotvq-explorable").forEach(mount);
-  window.rotvq = { gradients, reflect, nearest, angle, cell, codes: CODES, scenes, mountAll };
+  window.rotvq = { gradients, reflect, nearest, angle, cell, codes: CODES, points: POINTS, scenes, mountAll };
   if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", mountAll);
   else mountAll();
 })();

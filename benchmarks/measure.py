@@ -1,0 +1,71 @@
+"""What the benchmarks share: seconds and peak memory of a call, and the machine they are taken on."""
+import gc
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def seconds(call: Callable, device: str) -> float:
+    "Wall time of one call, the device's work included."
+    sync = torch.cuda.synchronize if device == "cuda" else lambda: None
+    sync()
+    start = time.perf_counter()
+    call()
+    sync()
+    return time.perf_counter() - start
+
+
+def peak_bytes(call: Callable, device: str) -> int:
+    "Most memory held at one time beyond what was held before."
+    gc.collect()
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(profile_memory=True) as profile: call()
+    held = most = 0
+    for event in sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def in_turns(calls: dict[str, Callable], rounds: int, device: str, memory: bool = True) -> dict[str, dict]:
+    "Every call in each round, after two that warm up: median and quartiles of the seconds, and peak memory."
+    for call in calls.values(): call(), call()
+    times = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items(): times[name].append(seconds(call, device))
+    out = {}
+    for name, call in calls.items():
+        low, median, high = statistics.quantiles(times[name], n=4)
+        out[name] = {"median_s": median, "quartiles_s": [low, high]} | ({"peak_bytes": peak_bytes(call, device)} if memory else {})
+    return out
+
+
+def machine(device: str) -> dict:
+    name = platform.processor() or platform.machine()
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    elif Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+    return {"device": device, "name": name, "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "python": platform.python_version()}
+
+
+def save(result: dict, name: str, out: Path | None) -> None:
+    "Write `out`, or nbs/results/<name>_<device>.json and, from it, the page."
+    file = out or ROOT / "nbs" / "results" / f"{name}_{result['machine']['device']}.json"
+    file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if out is None: subprocess.run([sys.executable, ROOT / "tools" / "benchmarks_page.py"], check=True)

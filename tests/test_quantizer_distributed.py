@@ -1,0 +1,68 @@
+"""Several processes against one with the joint batch, over gloo."""
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.testing import assert_close
+
+from rotvq import VectorQuantizer
+
+OPTIONS = {
+    "plain": {}, "cosine": {"distance": "cosine"}, "k-means": {"init": "kmeans"}, "revival": {"revive_after": 2},
+    "all": {"init": "kmeans", "revive_after": 1, "distance": "cosine"}, "learnable": {"learnable": True, "revive_after": 2},
+}
+SIZES = [37, 64, 5]                                                       # vectors of each process
+STEPS = 20
+
+
+def batches(rank: int | None, world: int):
+    "The batches of a process, or of all (`None`) together; the last ones are uneven, with padding, an empty and a spoilt one."
+    gen = torch.Generator().manual_seed(7)
+    for step in range(STEPS):
+        parts = [torch.randn(SIZES[r] if step > STEPS - 5 else 48, 6, generator=gen) for r in range(world)]
+        masks = [torch.rand(len(part), generator=gen) < (0.7 if step % 3 else 1.1) for part in parts]
+        if step == STEPS - 2: parts[-1], masks[-1] = parts[-1][:0], masks[-1][:0]
+        if step == STEPS - 4: parts[0][0, 0], masks[0][0] = torch.nan, True
+        yield (torch.cat(parts), torch.cat(masks)) if rank is None else (parts[rank], masks[rank])
+
+
+def run(rank: int | None, world: int, options: dict) -> dict:
+    torch.manual_seed(0 if rank is None else rank)                        # the first process decides what is random
+    layer = VectorQuantizer(6, 24, **options)
+    indices = []
+    for z, mask in batches(rank, world): indices.append(layer(z, mask).indices)
+    return {k: v.detach() for k, v in layer.state_dict().items()} | {"chosen": torch.cat(indices)}
+
+
+def process(rank: int, world: int, port: int, folder: str):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    torch.save({name: run(rank, world, options) for name, options in OPTIONS.items()}, f"{folder}/{rank}.pt")
+    apart = VectorQuantizer(6, 24, sync=False)
+    torch.manual_seed(rank)
+    for _ in range(rank + 1): apart(torch.randn(10, 6))                   # waits for nobody: other numbers of steps
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module", params=[2, 3], ids="{} processes".format)
+def states(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.start_processes(process, (request.param, port, str(folder)), nprocs=request.param, start_method="spawn")
+    return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_processes_learn_what_one_would_learn_from_the_joint_batch(states, options):
+    alone = run(None, len(states), OPTIONS[options])
+    for state in states:
+        for name in alone.keys() - {"chosen"}: assert_close(state[options][name], alone[name], rtol=1e-4, atol=1e-5, msg=lambda m: f"{name}: {m}")
+        for name in alone.keys() - {"chosen"}: assert torch.equal(state[options][name], states[0][options][name])
+    chosen = torch.cat([state[options]["chosen"] for state in states])
+    assert torch.equal(chosen.sort().values, alone["chosen"].sort().values)
