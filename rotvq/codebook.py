@@ -6,8 +6,9 @@
 __all__ = ['CHUNK', 'GROUP', 'best_score', 'nearest_code', 'check_distance', 'seed_codes', 'kmeans', 'code_sums', 'ema_update',
            'code_counts', 'usage', 'perplexity']
 
-# %% ../nbs/01_vqvae.ipynb #9b3cdac7
+# %% ../nbs/01_vqvae.ipynb #654a0895
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -31,7 +32,8 @@ def best_score(
     groups = -(
         -len(codes) // (chunks * GROUP)
     )  # of a chunk; the last one is filled up with copies of the last code
-    weights = torch.cat([codes, offset[:, None]], 1)
+    spare = (codes.shape[1] + 1) % 2 if codes.shape[1] > 6 else 0  # a product of odd length is slower
+    weights = F.pad(torch.cat([codes, offset[:, None]], 1), (0, spare))
     weights = weights[torch.arange(chunks * groups * GROUP).clamp_max(len(codes) - 1)]
     weights = rearrange(weights, "(c g p) d -> c d (p g)", c=chunks, p=GROUP).contiguous()
     rows = max(1, tile // (groups * GROUP))
@@ -39,7 +41,7 @@ def best_score(
     shifted, held = z.new_ones(n, weights.shape[1]), z.new_empty(n, groups * GROUP)
     for part, index in zip(z.split(rows), best.split(rows)):
         n = len(part)
-        torch.sub(part, origin, out=shifted[:n, :-1])  # the last column stays 1, and multiplies the offset
+        torch.sub(part, origin, out=shifted[:n, : len(origin)])  # the next column stays 1: times the offset
         top = part.new_full((n,), -torch.inf)
         for c, chunk in enumerate(weights):
             scores = _scores(shifted[:n], chunk, held[:n]).view(n, GROUP, groups)
@@ -52,7 +54,7 @@ def best_score(
 
 
 def _scores(z: Tensor, weights: Tensor, out: Tensor) -> Tensor:
-    "`z @ weights` into `out`, where the last column of `z` is 1. For few columns the library's product is slow."
+    "`z @ weights` into `out`. For a few columns the library's product is slow; there the last one of `z` is 1."
     if z.shape[1] > 7:
         return torch.mm(z, weights, out=out)
     torch.addr(weights[-1], z[:, 0], weights[0], out=out)

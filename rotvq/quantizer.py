@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Estimator', 'ESTIMATORS', 'NAMES', 'LOOK_AT', 'USUAL', 'Quantized', 'initial_codebook', 'is_channel_first',
-           'check_mask', 'processes', 'sum_over', 'join_rows', 'draw_rows', 'Codebook', 'Diagnosis', 'VectorQuantizer',
-           'convert_state_dict']
+           'check_mask', 'processes', 'sum_over', 'join_rows', 'draw_rows', 'Codebook', 'squared_distance', 'Diagnosis',
+           'VectorQuantizer', 'convert_state_dict']
 
 # %% ../nbs/07_quantizer.ipynb #d2c7178b
 import math
@@ -140,7 +140,18 @@ def draw_rows(
 class Codebook(nn.Module):
     "K codes of d numbers, and how they learn: by running averages or, as a parameter, by an optimizer."
 
-    def __init__(self, dim, codebook_size, distance, learnable, decay, init, revive_after, frozen, sync):
+    def __init__(
+        self,
+        dim: int,
+        codebook_size: int,
+        distance: str,
+        learnable: bool,
+        decay: float,
+        init: str,
+        revive_after: int | None,
+        frozen: bool,
+        sync: bool,
+    ):  # see `VectorQuantizer`
         super().__init__()
         check_distance(distance)
         if dim < 1 or codebook_size < 1:
@@ -257,6 +268,28 @@ def _usable(flat: Tensor, real: Tensor | None) -> Tensor:
     "Which rows may become codes."
     finite = flat.isfinite().all(1)
     return finite if real is None else finite & real
+
+# %% ../nbs/07_quantizer.ipynb #0c0991e1
+class _SquaredDistance(torch.autograd.Function):
+    "‖z − q‖² in blocks: what `F.mse_loss` gives, without a tensor of all differences."
+
+    @staticmethod
+    def forward(ctx, z, q):
+        ctx.save_for_backward(z, q)
+        rows = max(1, 2**18 // z.shape[1])
+        return sum(F.mse_loss(a, b, reduction="sum") for a, b in zip(z.split(rows), q.split(rows)))
+
+    @staticmethod
+    def backward(ctx, g):
+        z, q = ctx.saved_tensors
+        return 2 * g * (z - q) if torch.is_grad_enabled() else (z - q).mul_(2 * g), None
+
+
+def squared_distance(z: Tensor, q: Tensor) -> Tensor:
+    "The sum of (z − q)² over all entries of two `(N, d)`, with a gradient to `z` only."
+    if torch.compiler.is_compiling() or z.device.type != "cpu":
+        return F.mse_loss(z, q.detach(), reduction="sum")
+    return _SquaredDistance.apply(z, q)
 
 # %% ../nbs/07_quantizer.ipynb #04d57173
 class Diagnosis(NamedTuple):
@@ -395,7 +428,7 @@ class VectorQuantizer(Codebook):
     def _loss(self, flat: Tensor, q: Tensor, real: Tensor | None) -> Tensor:
         "Commitment loss and, when the codebook is learnable, codebook loss; means over real entries."
         count = max(1, flat.numel()) if real is None else (real.sum() * self.dim).clamp_min(1)
-        loss = self.commitment * F.mse_loss(flat, q.detach(), reduction="sum") / count
+        loss = self.commitment * squared_distance(flat, q.detach()) / count
         if self.learnable and not self.frozen:
             target = torch.where(
                 flat.isfinite(), flat, q
