@@ -50,11 +50,12 @@ def test_kmeans_ends_with_every_code_at_a_mean_or_at_a_point(seed, n, K):
     for k in indices.unique(): assert_close(codes[k], z[indices == k].mean(0))
 
 
+@pytest.mark.parametrize("dead", [1, 150, 250])
 @pytest.mark.parametrize("shift", [0.0, 1e2, 1e4])
-def test_lookup_far_from_the_origin(shift):
+def test_lookup_far_from_the_origin(shift, dead):
     g = torch.Generator().manual_seed(0)
     z, codes = torch.randn(1000, 16, generator=g) + shift, torch.randn(256, 16, generator=g) + shift
-    codes[0] = 0                                                         # a dead code at the origin must not spoil it
+    codes[:dead] = 0                                                     # dead codes at the origin must not spoil it
     distances = torch.cdist(z.double(), codes.double())
     chosen = distances.gather(1, nearest_code(z, codes)[:, None])[:, 0]
     assert ((chosen - distances.amin(1)) / chosen).max() < 1e-5

@@ -11,6 +11,7 @@ from rotvq.codebook import nearest_code
 from rotvq.data import SAMPLE
 from rotvq.training import PRESETS, Stopwatch, find_preset, train
 from test_estimators import at_angle, explicit, gradient, relative_error
+from test_quantizer import OPTIONS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -49,6 +50,38 @@ def test_lookup_and_layer_equal_the_cpu():
     a, b = vq(z), twin(z.cuda())
     assert torch.equal(a.indices, b.indices.cpu())
     assert_close(vq.codebook, twin.codebook.cpu(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [name for name, kw in OPTIONS.items() if "revive_after" not in kw and "init" not in kw])
+def test_every_kind_of_layer_equals_the_cpu(options):
+    gen = torch.Generator().manual_seed(0)
+    z, mask = torch.randn(8, 100, 16, generator=gen), torch.rand(8, 100, generator=gen) < 0.8
+    torch.manual_seed(0)
+    vq = VectorQuantizer(16, 300, init="normal", **OPTIONS[options])
+    twin = VectorQuantizer(16, 300, init="normal", **OPTIONS[options]).cuda()
+    twin.load_state_dict(vq.state_dict())
+    results = []
+    for net, device in ((vq, "cpu"), (twin, "cuda")):
+        leaf = z.to(device).requires_grad_()
+        out = net(leaf, mask.to(device))
+        (out.q.square().sum() + out.loss).backward()
+        results.append([out.indices.cpu(), out.q.detach().cpu(), out.loss.detach().cpu(), leaf.grad.cpu()])
+    assert torch.equal(results[0][0], results[1][0])
+    assert_close(results[0][1:], results[1][1:], rtol=1e-4, atol=1e-5)
+    assert_close(vq.state_dict(), {k: v.cpu() for k, v in twin.state_dict().items()}, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("learnable", [False, True])
+def test_a_training_step_never_waits_for_the_device(learnable):
+    vq = VectorQuantizer(32, 512, learnable=learnable, revive_after=2).cuda()
+    z, mask = torch.randn(4, 500, 32, device="cuda", requires_grad=True), torch.rand(4, 500, device="cuda") < 0.8
+    vq(z, mask)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            q, _, loss = vq(z, mask)
+            (q.square().sum() + loss).backward()
+    finally: torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_run_with_mixed_precision_and_its_clock(tmp_path):

@@ -42,6 +42,15 @@ def process(rank: int, world: int, port: int, folder: str):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world)
     torch.save({name: run(rank, world, options) for name, options in OPTIONS.items()}, f"{folder}/{rank}.pt")
+    torch.manual_seed(rank)
+    resumed = VectorQuantizer(6, 24, init="kmeans")                       # only the first process has loaded something
+    if rank == 0: resumed.load_state_dict(VectorQuantizer(6, 24).state_dict())
+    z = torch.randn(40, 6)
+    resumed(z)
+    compiled = VectorQuantizer(6, 24, revive_after=2)
+    step = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+    for _ in range(4): step(torch.randn(40, 6))
+    torch.save({name: net.state_dict() for name, net in (("resumed", resumed), ("compiled", compiled))}, f"{folder}/more-{rank}.pt")
     apart = VectorQuantizer(6, 24, sync=False)
     torch.manual_seed(rank)
     for _ in range(rank + 1): apart(torch.randn(10, 6))                   # waits for nobody: other numbers of steps
@@ -55,7 +64,7 @@ def states(request, tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     mp.start_processes(process, (request.param, port, str(folder)), nprocs=request.param, start_method="spawn")
-    return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
+    return [torch.load(folder / f"{rank}.pt") | {"more": torch.load(folder / f"more-{rank}.pt")} for rank in range(request.param)]
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -66,3 +75,11 @@ def test_processes_learn_what_one_would_learn_from_the_joint_batch(states, optio
         for name in alone.keys() - {"chosen"}: assert torch.equal(state[options][name], states[0][options][name])
     chosen = torch.cat([state[options]["chosen"] for state in states])
     assert torch.equal(chosen.sort().values, alone["chosen"].sort().values)
+
+
+@pytest.mark.parametrize("kind", ["resumed", "compiled"])
+def test_processes_agree(states, kind):
+    "Also where only the first one loaded a state, and inside a compiled graph."
+    for name, value in states[0]["more"][kind].items():
+        assert all(torch.equal(state["more"][kind][name], value) for state in states[1:]), name
+    assert states[0]["more"][kind]["counts"].std() > 0.1
