@@ -128,33 +128,18 @@ def cmd_train(args) -> None:
     args.estimators = choice.get(args.estimator, (args.estimator,))
     if args.resume:
         resumed(args)
-    preset, estimators, seed = (
-        find_preset(args.preset or "auto"),
-        args.estimators or choice["compare"],
-        args.seed or 0,
-    )
+    preset, estimators, seed = find_preset(args.preset or "auto"), args.estimators or choice["compare"], args.seed or 0
     source = imagenet10(args.data)
     kind = "compare" if len(estimators) > 1 else estimators[0]
     out = args.out or new_folder(Path("runs") / f"{preset.name}-{kind}-seed{seed}")
-    print(
-        f"preset {preset.name}: {preset.epochs} epochs at {preset.size}×{preset.size} on {best_device().type}"
-    )
-    print(
-        f"estimators: {', '.join(estimators)}\npictures: {source.name} ({source.root})\nrun folder: {out}",
-        flush=True,
-    )
+    print(f"preset {preset.name}: {preset.epochs} epochs at {preset.size}×{preset.size} on {best_device().type}")
+    print(f"estimators: {', '.join(estimators)}\npictures: {source.name} ({source.root})\nrun folder: {out}", flush=True)
     try:
         run = train(preset, estimators, source, out, seed, args.resume)
     except KeyboardInterrupt:
-        command = shlex.join(
-            [sys.executable, "-m", "rotvq", "train", "--resume", "--out", str(out.resolve())]
-        )
+        command = shlex.join([sys.executable, "-m", "rotvq", "train", "--resume", "--out", str(out.resolve())])
         saved = (out / "state.pt").exists()
-        print(
-            "\ninterrupted;",
-            f"continue with: {command}" if saved else "no epoch was finished",
-            file=sys.stderr,
-        )
+        print("\ninterrupted;", f"continue with: {command}" if saved else "no epoch was finished", file=sys.stderr)
         if not any(out.iterdir()):
             out.rmdir()
         raise
@@ -164,9 +149,7 @@ def cmd_train(args) -> None:
     elif preset == PRESETS["cpu"] and len(estimators) > 1:
         print(DEPENDS)
     else:
-        print(
-            "The published figures (nbs/12_run.ipynb) are of the preset cpu; at other settings expect others."
-        )
+        print("The published figures (nbs/12_run.ipynb) are of the preset cpu; at other settings expect others.")
     files = save_pictures(run, ImageNet10("val", preset.size, source, preset.limit).images)
     print("wrote", ", ".join(str(f) for f in [*files, run.out / "metrics.jsonl"]))
 
@@ -281,8 +264,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("pictures", type=Path, nargs="+", metavar="PICTURE", help="files that Pillow can read")
     p.add_argument("--out", type=Path, required=True, metavar="PNG", help="the sheet to write")
     p.add_argument(
-        "--size",
-        type=whole(4),
+        "--size", type=whole(4),
         metavar="PIXELS",
         help="side of the square the pictures are cut to (default: as trained)",
     )

@@ -29,9 +29,7 @@ def best_score(
         parts = z.split(max(1, tile // len(codes)))
         return torch.cat([torch.addmm(offset, part - origin, codes.T).argmax(1) for part in parts])
     chunks = -(-len(codes) // CHUNK)
-    groups = -(
-        -len(codes) // (chunks * GROUP)
-    )  # of a chunk; the last one is filled up with copies of the last code
+    groups = -(-len(codes) // (chunks * GROUP))  # of a chunk; copies of the last code fill up the last one
     spare = (codes.shape[1] + 1) % 2 if codes.shape[1] > 6 else 0  # a product of odd length is slower
     weights = F.pad(torch.cat([codes, offset[:, None]], 1), (0, spare))
     weights = weights[torch.arange(chunks * groups * GROUP).clamp_max(len(codes) - 1)]
@@ -148,9 +146,7 @@ def kmeans(
     if z.ndim != 2 or len(z) == 0:
         raise ValueError(f"kmeans needs vectors of shape (N, d) with N ≥ 1, not {tuple(z.shape)}.")
     cosine = distance == "cosine"
-    points = z.to(
-        torch.promote_types(z.dtype, torch.float32)
-    )  # half precision cannot count beyond 256 or 2048
+    points = z.to(torch.promote_types(z.dtype, torch.float32))  # half precision cannot count beyond 256 or 2048
     points = normalize(points, dim=1) if cosine else points
     codes = points[seed_codes(points, codebook_size, generator)]
     for _ in range(steps):

@@ -141,13 +141,9 @@ def from_pretrained(
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model"]
         weights = load_file(folder / "model.safetensors")
     except (ValueError, KeyError, SafetensorError) as error:
-        raise ValueError(
-            f"The saved model in {folder} is damaged ({type(error).__name__}: {error})."
-        ) from error
+        raise ValueError(f"The saved model in {folder} is damaged ({type(error).__name__}: {error}).") from error
     if str(config.get("estimator")).startswith("custom:") and "estimator" not in changes:
-        raise ValueError(
-            f"The model in {folder} has the estimator {config['estimator']!r}. Pass it: estimator=..."
-        )
+        raise ValueError(f"The model in {folder} has the estimator {config['estimator']!r}. Pass it: estimator=...")
     model = VQVAE(**(config | changes))
     model.load_state_dict(weights)
     return model.eval()

@@ -83,9 +83,7 @@ def is_channel_first(
 def check_mask(mask: Tensor, shape: torch.Size) -> None:
     "Raise unless the mask is boolean and has the shape of the input without its channels."
     if mask.dtype != torch.bool:
-        raise TypeError(
-            f"mask is {mask.dtype}; it must be boolean, True where z is real. Write mask.bool()."
-        )
+        raise TypeError(f"mask is {mask.dtype}; it must be boolean, True where z is real. Write mask.bool().")
     if mask.shape != shape:
         raise ValueError(f"mask has shape {tuple(mask.shape)}; without its channels z has {tuple(shape)}.")
 
@@ -166,19 +164,12 @@ class Codebook(nn.Module):
         if not 0 <= decay < 1:
             raise ValueError(f"decay = {decay} must lie in [0, 1); the paper uses 0.8.")
         if revive_after is not None and revive_after < 1:
-            raise ValueError(
-                f"revive_after = {revive_after} must be at least 1 batch, or None to keep unused codes."
-            )
+            raise ValueError(f"revive_after = {revive_after} must be at least 1 batch, or None: never.")
         if frozen and init == "kmeans":
             raise ValueError(
                 'init="kmeans" needs training batches, and frozen=True learns from none. Set frozen afterwards.'
             )
-        self.dim, self.codebook_size, self.distance, self.learnable = (
-            dim,
-            codebook_size,
-            distance,
-            learnable,
-        )
+        self.dim, self.codebook_size, self.distance, self.learnable = dim, codebook_size, distance, learnable
         self.decay, self.init, self.revive_after, self.frozen, self.sync = (
             decay,
             init,
@@ -194,10 +185,9 @@ class Codebook(nn.Module):
             self.register_buffer("codebook", codes)
             self.register_buffer("sums", codes.clone())
         self.register_buffer("counts", torch.ones(codebook_size))
-        self.register_buffer("idle", torch.full((codebook_size,), NEVER))  # training batches since chosen
-        self.register_buffer(
-            "waited", torch.zeros(codebook_size, dtype=torch.int64)
-        )  # … since chosen or placed
+        # training batches since a code was chosen; since it was chosen or placed
+        self.register_buffer("idle", torch.full((codebook_size,), NEVER))
+        self.register_buffer("waited", torch.zeros(codebook_size, dtype=torch.int64))
         self.register_buffer("ready", torch.tensor(init != "kmeans"))
         self._ready, self._begun = init != "kmeans", False  # known without asking the device
 
@@ -215,9 +205,7 @@ class Codebook(nn.Module):
         if not self.learnable:
             return codes
         codes = codes.detach() if self.frozen else codes
-        return (
-            unit(codes.clone()) if self.distance == "cosine" else codes
-        )  # a clone: revival works in place
+        return unit(codes.clone()) if self.distance == "cosine" else codes  # a clone: revival is in place
 
     @torch.no_grad()
     def _learn(self, flat: Tensor, indices: Tensor) -> None:
@@ -227,9 +215,7 @@ class Codebook(nn.Module):
         n = batch[:, -1]
         good = is_good(batch)
         if self.learnable:
-            self.counts.copy_(
-                torch.where(good, self.counts.to(n.dtype).lerp(n, 1 - self.decay), self.counts)
-            )
+            self.counts.lerp_(torch.where(good, n.to(self.counts.dtype), self.counts), 1 - self.decay)
         else:
             ema_update(self.codebook, self.counts, self.sums, batch, self.decay, distance=self.distance)
         for timer in (self.idle, self.waited):
@@ -257,7 +243,6 @@ class Codebook(nn.Module):
         for name in ("codebook", "sums", "counts", "idle", "waited"):
             if hasattr(self, name):
                 getattr(self, name).copy_(from_first(getattr(self, name)))
-        self._begun = True
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -436,13 +421,11 @@ class VectorQuantizer(Codebook):
         "Put the codes where `kmeans` puts them on the finite, unpadded vectors, of all processes together."
         batches = [z] if isinstance(z, Tensor) else list(z)
         if not batches or (mask is not None and len(batches) > 1):
-            raise ValueError(
-                f"kmeans_init got {len(batches)} batches and {'a' if mask is not None else 'no'} mask: give at least one batch, a mask for one only."
-            )
+            found = f"{len(batches)} batches and {'a' if mask is not None else 'no'} mask"
+            raise ValueError(f"kmeans_init got {found}: give at least one batch, and a mask to one only.")
         parts = [self._flatten(self._rows(part)[0], mask) for part in batches]
-        if not self._place(
-            torch.cat([flat[_usable(flat, real)] for flat, real in parts]), steps, generator
-        ):
+        rows = torch.cat([flat[_usable(flat, real)] for flat, real in parts])
+        if not self._place(rows, steps, generator):
             raise ValueError(
                 "kmeans_init got no vector that is finite and not padding. Pass a batch with some."
             )
@@ -483,9 +466,7 @@ class VectorQuantizer(Codebook):
         count = max(1, flat.numel()) if real is None else (real.sum() * self.dim).clamp_min(1)
         loss = self.commitment * squared_distance(flat, q.detach()) / count
         if self.learnable and not self.frozen:
-            target = torch.where(
-                flat.isfinite(), flat, q
-            ).detach()  # a NaN of the encoder does not reach the codes
+            target = torch.where(flat.isfinite(), flat, q).detach()  # a NaN does not reach the codes
             loss = loss + F.mse_loss(q, target, reduction="sum") / count
         return loss
 
@@ -516,23 +497,13 @@ class VectorQuantizer(Codebook):
 
     def extra_repr(self) -> str:
         said = f"{self.dim}, {self.codebook_size}, estimator={self.estimator_name}"
-        defaults = {
-            "distance": "euclidean",
-            "learnable": False,
-            "decay": 0.8,
-            "commitment": 1.0,
-            "init": "uniform",
-        }
-        defaults |= {"revive_after": None, "frozen": False, "channel_first": None, "sync": True}
-        return said + "".join(
-            f", {k}={getattr(self, k)}" for k, v in defaults.items() if getattr(self, k) != v
-        )
+        usual = dict(distance="euclidean", learnable=False, decay=0.8, commitment=1.0, init="uniform")
+        usual |= dict(revive_after=None, frozen=False, channel_first=None, sync=True)
+        return said + "".join(f", {k}={getattr(self, k)}" for k, v in usual.items() if getattr(self, k) != v)
 
 # %% ../nbs/07_quantizer.ipynb #e3928a3c
 def convert_state_dict(
-    state: Mapping[
-        str, Tensor
-    ],  # of a `vector_quantize_pytorch.VectorQuantize`, or of a model that holds one
+    state: Mapping[str, Tensor],  # of a `VectorQuantize`, or of a model that holds one
     prefix: str = "",  # of the layer's names in it, such as "vq."
     learnable: bool = False,  # for a layer with `learnable=True`
 ) -> dict[str, Tensor]:  # for `load_state_dict` of a `VectorQuantizer`, or of the same model with one
@@ -546,13 +517,9 @@ def convert_state_dict(
             f"The state has no {missing}. Set prefix to what comes before '_codebook' in {list(state)}."
         )
     if len(held["codebook"]) != 1:
-        raise ValueError(
-            f"The state has {len(held['codebook'])} codebooks; make a VectorQuantizer for each."
-        )
+        raise ValueError(f"The state has {len(held['codebook'])} codebooks; make a VectorQuantizer for each.")
     if prefix and theirs or not prefix and set(theirs) - {"zero"}:
-        raise ValueError(
-            f"VectorQuantizer has nothing for {sorted(theirs)}; keep these as layers of your own."
-        )
+        raise ValueError(f"VectorQuantizer has nothing for {sorted(theirs)}; keep these as layers of your own.")
     held |= {name: held[name][0].detach().clone() for name in ("codebook", "sums", "counts")}
     held["idle"] = torch.full_like(held["counts"], NEVER, dtype=torch.int64)
     held["waited"] = torch.zeros_like(held["idle"])

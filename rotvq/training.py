@@ -191,12 +191,7 @@ def evaluate(
     model.train(was_training)
     mse, error = (total / len(images)).tolist()
     variance = (squares / len(images) - (sums / len(images)).square()).mean().item()
-    result = {
-        "mse": mse,
-        "psnr": psnr(mse),
-        "quantization_error": error,
-        "relative_error": error / variance,
-    }
+    result = {"mse": mse, "psnr": psnr(mse), "quantization_error": error, "relative_error": error / variance}
     return result | {
         "usage": usage(counts).item(),
         "perplexity": perplexity(counts).item(),
@@ -243,16 +238,12 @@ class Run:
 
     def save(self, learners: dict[str, Learner], epoch: int) -> None:
         "Write models, metrics and, last, the state to resume from."
-        public = {
-            k: v for k, v in self.config.items() if k != "root"
-        }  # a path of this machine, for resuming only
+        public = {k: v for k, v in self.config.items() if k != "root"}  # a path of this machine, for resuming only
         about = {"run": public, "machine": machine(next(iter(learners.values())).device)}
         for name, learner in learners.items():
             learner.model.save_pretrained(self.folder(name), **about)
             mine = [row for row in self.rows if row["estimator"] == name]
-            write_whole(
-                self.folder(name) / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in mine)
-            )
+            write_whole(self.folder(name) / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in mine))
         if len(self.estimators) > 1:
             write_whole(self.out / "config.json", json.dumps(about, indent=1) + "\n")
             write_whole(self.out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
@@ -296,9 +287,7 @@ class _Bars:
         self.total, self.title, self.every = total, title, 5 if device.type == "cpu" else 25
         self.sums = {name: torch.zeros(3, device=device) for name in names}
         self.bars = {
-            name: tqdm(
-                total=total, desc=f"{title} {name:10}", position=i, leave=False, disable=quiet or None
-            )
+            name: tqdm(total=total, desc=f"{title} {name:10}", position=i, leave=False, disable=quiet or None)
             for i, name in enumerate(names)
         }
 
@@ -369,9 +358,7 @@ def train(
     if resume:
         held_state(out)
     elif (out / "state.pt").exists():
-        raise ValueError(
-            f"{out} holds a run. Continue it with --resume (resume=True), or choose another folder."
-        )
+        raise ValueError(f"{out} holds a run. Continue it with --resume (resume=True), or choose another folder.")
     source = data if isinstance(data, Source) else imagenet10(data)
     train_set, val_set = (
         ImageNet10(split, preset.size, source, preset.limit).images.to(device) for split in ("train", "val")
@@ -389,9 +376,7 @@ def train(
         means = run_epoch(preset, learners, train_set, seed, epoch, quiet)
         for name, learner in learners.items():
             row = {"epoch": epoch + 1, "estimator": name, "seed": seed, "data": source.name}
-            row |= (
-                evaluate(learner.model, val_set) | means[name] | {"seconds": round(learner.watch.read(), 1)}
-            )
+            row |= evaluate(learner.model, val_set) | means[name] | {"seconds": round(learner.watch.read(), 1)}
             if not (math.isfinite(row["mse"]) and math.isfinite(row["quantization_error"])):
                 raise diverged(name, row["mse"], f"the validation after epoch {epoch + 1}")
             run.rows.append(row)
