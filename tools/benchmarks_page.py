@@ -95,6 +95,9 @@ def draw(held: dict) -> None:
 def span(r: dict) -> str: return "{:.1f} ({:.1f} to {:.1f})".format(*(1e3 * t for t in (r["median_s"], *r["quartiles_s"])))
 
 
+def short(x: float) -> str: return f"{x:.3f}" if x < 0.1 else f"{x:.2f}" if x < 2 else f"{x:.1f}"
+
+
 def about(held: dict) -> str:
     machine = held["machine"]
     return f"{machine['name']}, {machine['device']}, {machine['threads']} threads, PyTorch {machine['torch']}, {held['rounds']} rounds."
@@ -110,7 +113,7 @@ def quantizer(held: dict) -> str:
         rates = []
         for title, (over, under, key) in pairs.items():
             values = [shape[kind][over][key] / shape[kind][under][key] for shape in shapes]
-            rates.append([title, *(f"{x:.2f}" if x < 2 else f"{x:.1f}" for x in values), f"{statistics.median(values):.2f}"])
+            rates.append([title, *map(short, [*values, statistics.median(values)])])
         return [table(head, times), "How many times the first costs what the second costs:", "", table([*head, "median"], rates)]
 
     peer = "vector_quantize_pytorch"
@@ -140,6 +143,8 @@ def draw_quantizer(held: dict) -> None:
             column[0].loglog(x, [1e3 * shape["training"][name]["median_s"] for shape in shapes], "o-", ms=3, color=color, label=name)
             column[1].loglog(x, [shape["training"][name]["peak_bytes"] / 2**20 for shape in shapes], "o-", ms=3, color=color)
         column[1].set(xlabel=axis, xscale="log")
+        column[1].set_xticks(x, x, fontsize=7)
+        column[1].minorticks_off()
     axes[0, 0].set_ylabel("ms"), axes[1, 0].set_ylabel("MiB")
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8)
     fig.savefig(ROOT / "nbs" / "images" / f"quantizer_{held['machine']['device']}.png")
