@@ -163,8 +163,10 @@ class Codebook(nn.Module):
             raise ValueError(f"dim = {dim} and codebook_size = {codebook_size} must be at least 1.")
         if not 0 <= decay < 1:
             raise ValueError(f"decay = {decay} must lie in [0, 1); the paper uses 0.8.")
-        if revive_after is not None and revive_after < 1:
-            raise ValueError(f"revive_after = {revive_after} must be at least 1 batch, or None: never.")
+        if revive_after is not None and (type(revive_after) is not int or revive_after < 1):
+            raise ValueError(
+                f"revive_after = {revive_after} must be a whole number of batches, at least 1, or None: never."
+            )
         if frozen and init == "kmeans":
             raise ValueError(
                 'init="kmeans" needs training batches, and frozen=True learns from none. Set frozen afterwards.'
@@ -196,7 +198,7 @@ class Codebook(nn.Module):
         return (self.idle < within).float().mean()
 
     def perplexity(self) -> Tensor:
-        "Perplexity of the running counts."
+        "Perplexity of the running counts, which start even: K before the first training batch."
         return perplexity(self.counts)
 
     def _codes(self) -> Tensor:
@@ -205,11 +207,11 @@ class Codebook(nn.Module):
         if not self.learnable:
             return codes
         codes = codes.detach() if self.frozen else codes
-        return unit(codes.clone()) if self.distance == "cosine" else codes  # a clone: revival is in place
+        return unit(codes) if self.distance == "cosine" else codes
 
     @torch.no_grad()
     def _learn(self, flat: Tensor, indices: Tensor) -> None:
-        "Running averages from the joint batch, then revival. No step waits for the device."
+        "Running averages from the joint batch. No step waits for the device."
         vectors = flat[:, :0] if self.learnable else flat  # an optimizer needs no sums, only the counts
         batch = sum_over(code_sums(vectors, indices, self.codebook_size), self.sync)
         n = batch[:, -1]
@@ -220,13 +222,15 @@ class Codebook(nn.Module):
             ema_update(self.codebook, self.counts, self.sums, batch, self.decay, distance=self.distance)
         for timer in (self.idle, self.waited):
             timer.copy_(torch.where(good, torch.where(n > 0, 0, timer + 1), timer))
-        if self.revive_after is not None:
-            self._revive(flat, indices)
 
-    def _revive(self, flat: Tensor, indices: Tensor) -> None:
-        "Put codes that were idle for too long on vectors of the batch."
-        rows, some = draw_rows(flat, (indices >= 0) & flat.isfinite().all(1), self.codebook_size, self.sync)
-        dead = (self.waited >= self.revive_after) & some
+    @torch.no_grad()
+    def _revive(self, flat: Tensor, real: Tensor | None) -> None:
+        "Put codes that were idle for too long on vectors of the batch, unless it holds something that is not finite."
+        real = torch.ones_like(flat[:, 0], dtype=torch.bool) if real is None else real
+        usable = _usable(flat, real)
+        spoilt = sum_over((real & ~usable).sum(), self.sync) > 0
+        rows, some = draw_rows(flat, usable, self.codebook_size, self.sync)
+        dead = (self.waited >= self.revive_after) & some & ~spoilt
         self._set(dead, codebook=rows, sums=rows, counts=1, waited=0)
 
     def _set(self, where: Tensor | None = None, **state) -> None:
@@ -379,6 +383,8 @@ class VectorQuantizer(Codebook):
             if not (self._ready and torch.compiler.is_compiling()):
                 self._begin(flat.detach(), real)
             self._begun = self._ready
+        if learning and self.revive_after is not None:
+            self._revive(flat.detach(), real)
         codes = self._codes()
         indices = nearest_code(flat, codes, distance=self.distance)
         q = codes.index_select(0, indices)
@@ -396,11 +402,13 @@ class VectorQuantizer(Codebook):
         out = rearrange(out, "b ... d -> b d ...") if channel_first else out
         return Quantized(out, indices.reshape(rows.shape[:-1]), loss)
 
-    def encode(self, z: Tensor) -> Tensor:
-        "Indices of the nearest codes; changes nothing."
+    def encode(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
+        "Indices of the nearest codes, −1 where the mask is False; changes nothing."
         rows = self._rows(z)[0]
-        flat = self._flatten(rows, None)[0]
-        return nearest_code(flat, self._codes(), distance=self.distance).reshape(rows.shape[:-1])
+        flat, real = self._flatten(rows, mask)
+        indices = nearest_code(flat, self._codes(), distance=self.distance)
+        indices = indices if real is None else torch.where(real, indices, -1)
+        return indices.reshape(rows.shape[:-1])
 
     def decode(self, indices: Tensor) -> Tensor:
         "Codes of integer `indices`: `(..., d)`, or `(B, d, ...)` with `channel_first=True`; 0 for negative ones."
@@ -507,14 +515,16 @@ def convert_state_dict(
     prefix: str = "",  # of the layer's names in it, such as "vq."
     learnable: bool = False,  # for a layer with `learnable=True`
 ) -> dict[str, Tensor]:  # for `load_state_dict` of a `VectorQuantizer`, or of the same model with one
-    "Names and shapes of a `VectorQuantize` state as `VectorQuantizer` has them; all other entries as they are."
+    """Names and shapes of a `VectorQuantize` state as `VectorQuantizer` has them; all other entries as they are.
+
+    The layer must have the same distance. Raises `ValueError` for several codebooks and for projections."""
     theirs = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
     known = {"codebook": "embed", "sums": "embed_avg", "counts": "cluster_size", "ready": "initted"}
     held = {ours: theirs.pop(f"_codebook.{name}", None) for ours, name in known.items()}
     missing = [f"{prefix}_codebook.{known[name]}" for name, value in held.items() if value is None]
     if missing:
         raise ValueError(
-            f"The state has no {missing}. Set prefix to what comes before '_codebook' in {list(state)}."
+            f"The state has no {missing}. Set prefix to what comes before '_codebook' in {[name for name in state if '_codebook' in name]}."
         )
     if len(held["codebook"]) != 1:
         raise ValueError(f"The state has {len(held['codebook'])} codebooks; make a VectorQuantizer for each.")
