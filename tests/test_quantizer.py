@@ -117,11 +117,11 @@ def test_compiles_whole_and_runs_on_meta(mode, options):
         torch.manual_seed(1)
         out = net(leaf)
         (out.q.square().sum() + out.loss).backward()
-    assert_close(a.grad, b.grad) if vq.revive_after is None else b.grad.isfinite().all()
-    if vq.learnable and not vq.frozen:
-        assert twin.codebook.grad.isfinite().all()
-        if vq.revive_after is None: assert_close(vq.codebook.grad, twin.codebook.grad)
-    if vq.revive_after is None: assert_close(vq.state_dict(), twin.state_dict())   # a compiled graph draws other random numbers
+    assert b.grad.isfinite().all() and (not vq.learnable or vq.frozen or twin.codebook.grad.isfinite().all())
+    if vq.revive_after is None:                                          # a compiled graph may draw other random numbers
+        assert_close(a.grad, b.grad)
+        assert_close(vq.state_dict(), twin.state_dict())
+        if vq.learnable: assert_close(vq.codebook.grad, twin.codebook.grad)
     on_meta = layer(**options).to("meta")
     getattr(on_meta, mode)()
     assert on_meta(x.to("meta")).q.shape == x.shape
@@ -391,8 +391,7 @@ def test_a_layer_in_another_dtype(options, dtype):
         (out.q.float().sum() + out.loss).backward()
     assert out.q.dtype == dtype and out.q.isfinite().all() and z.grad.isfinite().all()
     assert vq.codebook.dtype == dtype and vq.counts.dtype == torch.promote_types(dtype, torch.float32)
-    n = torch.bincount(vq.encode(z), minlength=32)
-    if options == "plain": assert_close(vq.eval()(z).q, vq.codebook[vq.encode(z)]) and n.max() > 256
+    if options == "plain": assert torch.equal(vq.eval()(z).q, vq.codebook[vq.encode(z)])
 
 
 def test_running_sums_of_a_half_precision_layer_neither_stall_nor_overflow():
