@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BLOCK', 'SAFE', 'OPPOSITE', 'rotation_matrix', 'rotate', 'dot', 'per_row', 'inverse_norm', 'dtypes', 'carry_back',
            'combine', 'needs_care', 'carry_back_in_blocks', 'RowWise', 'carry_rows', 'CarryBack', 'norm_ratio',
-           'ConstantMap', 'rotation_trick', 'expand_gamma']
+           'ConstantMap', 'ForwardMap', 'constant_map', 'rotation_trick', 'expand_gamma']
 
 # %% ../nbs/04_rotation.ipynb #fa59853a
 import math
@@ -198,6 +198,7 @@ class CarryBack(RowWise):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs[1:4])
+        ctx.save_for_forward(*inputs[1:4])
         ctx.sign = inputs[4]
 
     @staticmethod
@@ -210,6 +211,10 @@ class CarryBack(RowWise):
             None,
             None,
         )
+
+    @staticmethod
+    def jvp(ctx, g_dot, *_):
+        return CarryBack.apply(g_dot, *ctx.saved_tensors, ctx.sign)
 
 
 def norm_ratio(q: Tensor, z: Tensor) -> Tensor:
@@ -229,6 +234,7 @@ class ConstantMap(RowWise):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:3])
+        ctx.save_for_forward(*inputs[:3])
         ctx.sign = inputs[3]
 
     @staticmethod
@@ -245,9 +251,25 @@ class ConstantMap(RowWise):
         return carry(g, z, q, gamma, ctx.sign), None, None, None
 
 
+class ForwardMap(ConstantMap):
+    "The same with a derivative in forward mode, which `torch.compile` does not take."
+
+    @staticmethod
+    def jvp(ctx, z_dot, *_):  # γ M ż: the transpose of the map from ẑ to q̂ is the one from q̂ to ẑ
+        z, q, gamma = ctx.saved_tensors
+        return CarryBack.apply(z_dot, q, z, norm_ratio(q, z) if gamma is None else gamma, ctx.sign)
+
+
+def constant_map(z: Tensor, q: Tensor, gamma: float | Tensor | None, sign: int) -> Tensor:
+    "`ConstantMap` for a checked pair."
+    function = ConstantMap if torch.compiler.is_compiling() else ForwardMap
+    z, q = check_pair(z, q)
+    return function.apply(z, q, expand_gamma(gamma, z), sign)
+
+
 def rotation_trick(
     z: Tensor,  # encoder outputs, `(..., d)`
-    q: Tensor,  # their codes, same shape and dtype
+    q: Tensor,  # their codes, same shape
     gamma: float
     | Tensor
     | None = None,  # scale of the gradient, broadcast to `(...)`; `None` is λ = ‖q‖ / ‖z‖
@@ -255,8 +277,7 @@ def rotation_trick(
     """The rotation trick (Fifty et al. 2025, §4): value `q`, gradient `γ Rᵀ g` to `z`, none to `q`.
 
     The value shares the memory of `q`, as a view does: clone it before changing it in place."""
-    check_pair(z, q)
-    return ConstantMap.apply(z, q, expand_gamma(gamma, z), 1)
+    return constant_map(z, q, gamma, 1)
 
 
 def expand_gamma(gamma: float | Tensor | None, z: Tensor) -> Tensor | None:

@@ -10,19 +10,21 @@ import torch
 from torch import Tensor
 
 # %% ../nbs/02_ste.ipynb #80ca72f2
-def check_pair(z: Tensor, q: Tensor) -> None:
-    "Raise unless `z` and `q` are floating-point tensors of one shape `(..., d)` with d ≥ 1, one dtype and one device."
+def check_pair(z: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """`z`, and `q` as a constant, both in the dtype that `z + (q - z)` has.
+
+    Raises unless they are floating-point tensors of one shape `(..., d)` with d ≥ 1, on one device."""
     if z.shape != q.shape or z.ndim == 0 or z.shape[-1] == 0:
         raise ValueError(
             f"z has shape {tuple(z.shape)} and q {tuple(q.shape)}: both must have one shape (..., d) with d ≥ 1. "
             "Take q = codebook[indices]."
         )
-    if z.dtype != q.dtype or not z.is_floating_point():
-        raise TypeError(
-            f"z is {z.dtype} and q {q.dtype}: both must have one floating-point dtype. Convert with q.to(z.dtype)."
-        )
+    if not (z.is_floating_point() and q.is_floating_point()):
+        raise TypeError(f"z is {z.dtype} and q {q.dtype}: both must be floating point. Convert with .float().")
     if z.device != q.device:
         raise ValueError(f"z is on {z.device} and q on {q.device}. Move one with .to(device).")
+    dtype = torch.promote_types(z.dtype, q.dtype)
+    return z.to(dtype), q.detach().to(dtype)
 
 # %% ../nbs/02_ste.ipynb #1e9566c2
 class _StraightThrough(torch.autograd.Function):
@@ -41,15 +43,23 @@ class _StraightThrough(torch.autograd.Function):
         return g, None
 
 
+class _StraightForward(_StraightThrough):
+    "The same with a derivative in forward mode, which `torch.compile` does not take."
+
+    @staticmethod
+    def jvp(ctx, z_dot, q_dot):
+        return z_dot
+
+
 def straight_through(
     z: Tensor,  # encoder outputs, `(..., d)`
-    q: Tensor,  # their codes, same shape and dtype
+    q: Tensor,  # their codes, same shape
 ) -> Tensor:  # value `q`, bit for bit
     """The straight-through estimator (Bengio et al. 2013): value `q`, gradient `g` to `z`, none to `q`.
 
     The value shares the memory of `q`, as a view does: clone it before changing it in place."""
-    check_pair(z, q)
-    return _StraightThrough.apply(z, q)
+    function = _StraightThrough if torch.compiler.is_compiling() else _StraightForward
+    return function.apply(*check_pair(z, q))
 
 # %% ../nbs/02_ste.ipynb #540271a8
 class _Linear(torch.autograd.Function):
@@ -62,20 +72,28 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(inputs[2])
+        ctx.save_for_forward(inputs[2])
 
     @staticmethod
     def backward(ctx, g):
         return torch.einsum("...ij,...i->...j", ctx.saved_tensors[0].detach(), g), None, None
 
 
+class _LinearForward(_Linear):
+    @staticmethod
+    def jvp(ctx, z_dot, q_dot, G_dot):
+        return torch.einsum("...ij,...j->...i", ctx.saved_tensors[0].detach(), z_dot)
+
+
 def linear_estimator(
     z: Tensor,  # encoder outputs, `(..., d)`
-    q: Tensor,  # their codes, same shape and dtype
+    q: Tensor,  # their codes, same shape
     G: Tensor,  # Jacobian to use, `(..., d, d)`, held constant
 ) -> Tensor:  # value `q`, bit for bit
     "Value `q` (a view of it), Jacobian `G`: the gradient to `z` is `Gᵀ g`. `G` and `q` get none."
-    check_pair(z, q)
+    z, q = check_pair(z, q)
     d = z.shape[-1]
     if G.shape[-2:] != (d, d):
         raise ValueError(f"G has shape {tuple(G.shape)}; for d = {d} it must end in ({d}, {d}).")
-    return _Linear.apply(z, q, G.expand(*z.shape, d))
+    function = _Linear if torch.compiler.is_compiling() else _LinearForward
+    return function.apply(z, q, G.expand(*z.shape, d))

@@ -259,6 +259,49 @@ def test_the_default_dtype_does_not_matter(name, default):
 
 
 @pytest.mark.parametrize("name", TRICKS)
+@pytest.mark.parametrize("z_dtype, q_dtype", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float32, torch.float64), (torch.float16, torch.bfloat16)])
+def test_two_dtypes_meet_as_in_the_line_that_is_replaced(name, z_dtype, q_dtype):
+    z, q, g = draw(16, 50, 8)
+    z, q = z.to(z_dtype).requires_grad_(), q.to(q_dtype)
+    out = TRICKS[name](z, q)
+    replaced = z + (q - z).detach()
+    assert out.dtype == replaced.dtype and torch.equal(out, q.to(out.dtype))
+    grad, = torch.autograd.grad(out, z, g.to(out.dtype))
+    assert grad.dtype == z_dtype
+    error = relative_error(grad, explicit(name, z.detach(), q, g.to(out.dtype)))
+    assert error.max() < 2 * torch.finfo(z_dtype).eps + 1e-5
+
+
+@pytest.mark.parametrize("name", TRICKS)
+def test_forward_mode(name):
+    "Jacobian-vector products, the Jacobian column by column, the Hessian both ways round; q may have a tangent, which does not count."
+    z, q, _ = draw(17, 6, 3, dtype=torch.float64)
+    J = torch.stack([explicit(name, z, q, e.expand_as(q)) for e in torch.eye(3, dtype=torch.float64)], -2)       # rows eᵀJ = (λMᵀe)ᵀ
+    tangent = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    value, out = torch.func.jvp(lambda z: TRICKS[name](z, q), (z,), (tangent,))
+    assert torch.equal(value, q)
+    assert_close(out, torch.einsum("nij,nj->ni", J, tangent))
+    assert_close(torch.func.jvp(TRICKS[name], (z, q), (tangent, tangent))[1], out)
+    assert_close(torch.func.vmap(torch.func.jacfwd(TRICKS[name]))(z, q), J)
+    loss = lambda z, q: TRICKS[name](z, q).square().sum()
+    by_rows = torch.autograd.functional.hessian(lambda z: loss(z, q[0]), z[0])
+    assert_close(by_rows, 2 * J[0].T @ J[0])
+    for hessian in (torch.func.hessian(loss)(z[0], q[0]), torch.func.jacrev(torch.func.jacfwd(loss))(z[0], q[0]),
+                    torch.func.jacfwd(torch.func.jacfwd(loss))(z[0], q[0])): assert_close(hessian, by_rows)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(z, tangent)
+        assert_close(torch.autograd.forward_ad.unpack_dual(TRICKS[name](dual, q)).tangent, out)
+
+
+def test_forward_mode_of_a_linear_map():
+    z, q, t = draw(18, 5, 3, dtype=torch.float64)
+    G = torch.randn(5, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    value, out = torch.func.jvp(lambda z: linear_estimator(z, q, G), (z,), (t,))
+    assert torch.equal(value, q)
+    assert_close(out, torch.einsum("nij,nj->ni", G, t))
+
+
+@pytest.mark.parametrize("name", TRICKS)
 def test_batched_gradients(name):
     z, q, _ = draw(15, 4, 3)
     jacobian = torch.autograd.functional.jacobian
@@ -328,7 +371,7 @@ def test_bad_input_names_both_operands(name):
     for z, q, error, words in [
         (torch.zeros(2, 3), torch.zeros(3), ValueError, [r"\(2, 3\)", r"\(3,\)"]),
         (torch.zeros(()), torch.zeros(()), ValueError, ["d ≥ 1"]),
-        (torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.float64), TypeError, ["float32", "float64", "q.to"]),
+        (torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int64), TypeError, ["float32", "int64", "floating"]),
         (torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.int64), TypeError, ["int64"]),
         (torch.zeros(2, 3), torch.zeros(2, 3, device="meta"), ValueError, ["cpu", "meta"]),
     ]:

@@ -1,0 +1,207 @@
+"""Compiled by the default backend, with something after the layer, training equals eager training: gradients, state, and what is returned."""
+import copy
+import shutil
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.testing import assert_close
+
+from rotvq import VQVAE, VectorQuantizer
+from rotvq.quantizer import ESTIMATORS
+
+pytestmark = pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+
+
+class Stack(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
+
+    def forward(self, x):
+        for block in self.blocks: x = x + block(x.relu())
+        return x
+
+
+class ChannelsLast(nn.Module):
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x): return self.layers(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def conv(): return nn.Conv2d(8, 8, 3, padding=1)
+
+
+FOLLOWERS = {"relu conv": lambda: nn.Sequential(nn.ReLU(), conv()), "layernorm linear": lambda: ChannelsLast(nn.LayerNorm(8), nn.Linear(8, 8)),
+             "groupnorm conv": lambda: nn.Sequential(nn.GroupNorm(2, 8), conv()), "batchnorm conv": lambda: nn.Sequential(nn.BatchNorm2d(8), conv()),
+             "upsample conv": lambda: nn.Sequential(nn.Upsample(scale_factor=2), conv()), "residual stack": Stack}
+OPTIONS = {name: {"estimator": name} for name in ESTIMATORS} | {
+    "learnable": {"learnable": True}, "cosine": {"distance": "cosine"}, "revival": {"revive_after": 1}, "k-means": {"init": "kmeans"},
+    "learnable cosine revival": {"learnable": True, "distance": "cosine", "revive_after": 2}, "many codes": {"codebook_size": 300}, "frozen": {"frozen": True}}
+
+
+class Model(nn.Module):
+    def __init__(self, after="relu conv", **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.before, self.after = nn.Conv2d(8, 8, 1), FOLLOWERS[after]()
+        self.vq = VectorQuantizer(**({"dim": 8, "codebook_size": 32, "init": "normal", "channel_first": True} | options))
+
+    def forward(self, x, mask=None):
+        z = self.before(x)
+        q, indices, commitment = self.vq(z, mask)
+        y = self.after(q)
+        return y.square().mean() + (y * y.detach().sin()).mean() + commitment, q, indices, y
+
+
+def pictures(step, batch=3, size=(5, 6)): return torch.randn(batch, 8, *size, generator=torch.Generator().manual_seed(step))
+
+
+def train(model, call, batches, mask=None):
+    "SGD; returns of each step loss, q, indices, y as they were before `backward()`, and all gradients. What was returned must still be so afterwards."
+    opt, seen = torch.optim.SGD(model.parameters(), 0.05), []
+    for x in batches:
+        opt.zero_grad()
+        x = x.clone().requires_grad_()
+        returned = call(x) if mask is None else call(x, mask)
+        before = [t.detach().clone() for t in returned]
+        returned[0].backward()
+        assert all(torch.equal(a, b) for a, b in zip(before, returned)), "what the step returned has changed in backward()"
+        seen.append(before + [x.grad] + [p.grad.clone() for p in model.parameters() if p.grad is not None])
+        opt.step()
+    return seen
+
+
+def assert_same_training(model, backend="inductor", batches=tuple(map(pictures, range(4))), mask=None, **how):
+    torch._dynamo.reset()
+    twin = copy.deepcopy(model)
+    eager, compiled = train(model, model, batches, mask), train(twin, torch.compile(twin, backend=backend, **how), batches, mask)
+    for step, (a, b) in enumerate(zip(eager, compiled)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b): assert_close(y, x, rtol=2e-4, atol=2e-6, msg=lambda m: f"step {step}: {m}")
+    assert_close(twin.state_dict(), model.state_dict(), rtol=2e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("after", FOLLOWERS)
+def test_whatever_follows_the_layer(after):
+    assert_same_training(Model(after))
+
+
+@pytest.mark.parametrize("options", list(OPTIONS)[:-1])
+def test_every_option(options):
+    model = Model(**OPTIONS[options])
+    if options == "k-means": model.vq.kmeans_init(model.before(pictures(9, 8)))
+    assert_same_training(model, fullgraph=True)
+
+
+def test_masks():
+    mask = torch.rand(3, 5, 6, generator=torch.Generator().manual_seed(0)) < 0.7
+    assert_same_training(Model(), mask=mask, fullgraph=True)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("after", FOLLOWERS)
+def test_every_pair_with_the_partition_of_the_default_backend(after, options):
+    "Without generating code, so that all pairs can be tried: this is where a lookup was moved behind the update of the codes."
+    model = Model(after, **OPTIONS[options])
+    if options == "k-means": model.vq.kmeans_init(model.before(pictures(9, 8)))
+    assert_same_training(model, backend="aot_eager_decomp_partition", fullgraph=True)
+
+
+def test_a_kmeans_start_breaks_the_graph_once_and_says_so_where_that_is_forbidden():
+    torch.manual_seed(5)
+    model = Model(init="kmeans")
+    torch.manual_seed(6)
+    eager = copy.deepcopy(model)
+    train(eager, eager, [pictures(0)])
+    torch.manual_seed(6)
+    torch._dynamo.reset()
+    twin = copy.deepcopy(model)
+    train(twin, torch.compile(twin), [pictures(0)])
+    assert twin.vq.ready and twin.vq.usage() > 0.5
+    assert_close(twin.state_dict(), eager.state_dict(), rtol=2e-4, atol=2e-6)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="kmeans_init|_kmeans_start"): torch.compile(model, fullgraph=True)(pictures(0))
+
+
+@pytest.mark.parametrize("shape", ["(B, N, d)", "(N, d)", "(B, d, H, W)"])
+@pytest.mark.parametrize("training", [True, False])
+def test_what_the_layer_returns_is_not_overwritten(shape, training):
+    torch._dynamo.reset()
+    x = {"(B, N, d)": torch.randn(4, 16, 8), "(N, d)": torch.randn(64, 8), "(B, d, H, W)": torch.randn(2, 8, 4, 6)}[shape].requires_grad_()
+    layer = VectorQuantizer(8, 32, init="normal").train(training)
+
+    def step(z):
+        q, indices, loss = layer(z)
+        return q, indices, q.relu().sum() + loss
+
+    q, indices, loss = torch.compile(step)(x)
+    held = q.detach().clone(), indices.clone(), loss.detach().clone()
+    loss.backward()
+    assert all(torch.equal(a, b) for a, b in zip(held, (q, indices, loss)))
+    torch.nn.functional.relu(q.detach(), inplace=True)                    # and it is the caller's, who may change it
+
+
+def test_two_frames_serve_all_batch_sizes():
+    torch._dynamo.reset()
+    for options in ({}, {"learnable": True}, {"revive_after": 2}, {"distance": "cosine", "estimator": "reflection"}):
+        counter = CompileCounterWithBackend("aot_eager_decomp_partition")
+        model = Model(**options)
+        assert_same_training(model, backend=counter, batches=[pictures(k, batch) for k, batch in enumerate((3, 3, 5, 2, 7, 3, 4, 6, 8, 9))], fullgraph=True)
+        assert counter.frame_count <= 2, (options, counter.frame_count)
+
+
+def test_the_whole_step_compiled_with_its_optimizer():
+    torch._dynamo.reset()
+    results = []
+    for compile in (lambda f: f, torch.compile):
+        model = Model("groupnorm conv")
+        opt = torch.optim.AdamW(model.parameters(), 1e-2)
+
+        @compile
+        def step(x):
+            opt.zero_grad()
+            loss, q, *_ = model(x)
+            loss.backward()
+            opt.step()
+            return loss.detach(), q.detach()
+
+        results.append([step(pictures(k)) for k in range(4)] + [model.state_dict()])
+    assert_close(results[1], results[0], rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune-no-cudagraphs"])
+def test_other_modes(mode):
+    assert_same_training(Model("layernorm linear"), mode=mode)
+
+
+def test_the_model_of_the_run():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = VQVAE(16, 8, 32, init="normal")
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(twin, fullgraph=True)
+    for step in range(3):
+        x = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(step)) * 2 - 1
+        for net, call in ((model, model), (twin, compiled)):
+            net.zero_grad()
+            out = call(x)
+            ((out.x_hat - x).square().mean() + out.loss).backward()
+        for a, b in zip(model.parameters(), twin.parameters()): assert_close(b.grad, a.grad, rtol=2e-4, atol=1e-6)
+
+
+def test_half_precision_by_autocast():
+    torch._dynamo.reset()
+    model = Model("layernorm linear")
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(twin)
+    grads = []
+    for net, call in ((model, model), (twin, compiled)):
+        with torch.autocast("cpu", torch.bfloat16): loss, q, indices, _ = call(pictures(0))
+        assert q.dtype == torch.bfloat16
+        loss.backward()
+        grads.append([p.grad for p in net.parameters()])
+    for a, b in zip(*grads): assert ((a - b).norm() / a.norm()) < 0.05     # bfloat16 is rounded in other places

@@ -1,0 +1,100 @@
+"""torch.export: any batch and size, the same indices, and a saved program that runs where rotvq is not installed."""
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.export import Dim, export, save
+from torch.testing import assert_close
+
+from rotvq import VQVAE, VectorQuantizer
+
+
+class Part(nn.Module):
+    "One way through a model, as a program; its outputs are plain tensors or tuples, which can be saved."
+
+    def __init__(self, model, way):
+        super().__init__()
+        self.model, self.way = model, way
+
+    def forward(self, x):
+        out = getattr(self.model, self.way)(x)
+        return tuple(out) if isinstance(out, tuple) else out
+
+
+def model(**options):
+    torch.manual_seed(0)
+    return VQVAE(16, 8, **({"codebook_size": 300, "init": "normal"} | options)).eval()
+
+
+def pictures(*shape): return torch.rand(*shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+B, H, W = Dim("B", min=1, max=64), Dim("H", min=1, max=64), Dim("W", min=1, max=64)
+WAYS = {"forward": ((2, 3, 16, 24), {0: B, 2: 4 * H, 3: 4 * W}), "encode": ((2, 3, 16, 24), {0: B, 2: 4 * H, 3: 4 * W}), "decode": ((2, 4, 6), {0: B, 1: H, 2: W})}
+STRICT = [False] + [True] * hasattr(torch.compiler, "is_exporting")        # PyTorch 2.6 cannot tell that a strict export is one
+
+
+def example(way, *shape): return torch.randint(300, shape) if way == "decode" else pictures(*shape)
+
+
+def program(net, way, strict=False):
+    shape, dynamic = WAYS[way]
+    return export(Part(net, way), (example(way, *shape),), dynamic_shapes=(dynamic,), strict=strict)
+
+
+@pytest.mark.parametrize("strict", STRICT)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("options", [{}, {"estimator": "ste"}, {"estimator": "reflection"}, {"distance": "cosine"}, {"learnable": True}], ids=str)
+def test_any_batch_and_size(way, strict, options):
+    net = model(**options)
+    made = program(net, way, strict)
+    assert not [node for node in made.graph.nodes if "rotvq" in str(node.target)]
+    for other in ((5, 4, 3), (1, 2, 2)):
+        x = example(way, *(other if way == "decode" else (other[0], 3, 4 * other[1], 4 * other[2])))
+        ours, theirs = Part(net, way)(x), made.module()(x)
+        assert_close(theirs, ours, rtol=1e-4, atol=1e-5)                   # integers must be equal
+
+
+def test_a_saved_program_runs_without_rotvq(tmp_path):
+    net = model()
+    expected = {}
+    for way in WAYS:
+        save(program(net, way), tmp_path / f"{way}.pt2")
+        x = example(way, *WAYS[way][0])
+        expected[way] = (x, Part(net, way)(x))
+    torch.save(expected, tmp_path / "expected.pt")
+    code = f"""
+import sys
+sys.modules["rotvq"] = None                                               # importing it raises
+import torch
+from torch.testing import assert_close
+for way, (x, expected) in torch.load({str(tmp_path / 'expected.pt')!r}).items():
+    found = torch.export.load({str(tmp_path)!r} + f"/{{way}}.pt2").module()(x)
+    assert_close(found, expected, rtol=1e-4, atol=1e-5)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("options", [{}, {"distance": "cosine"}, {"learnable": True}, {"estimator": "reflection"}], ids=str)
+def test_the_layer_alone_on_sequences(options):
+    layer = VectorQuantizer(8, 32, init="normal", channel_first=False, **options).eval()
+    made = export(layer, (torch.randn(4, 6, 8),), dynamic_shapes=({0: B, 1: H},), strict=False)
+    z = torch.randn(3, 8, 8)
+    assert_close(tuple(made.module()(z)), tuple(layer(z)))
+
+
+def test_a_layer_that_learns_is_not_exported():
+    with pytest.raises(Exception, match=r"\.eval\(\)"): export(VectorQuantizer(8, 32), (torch.randn(4, 8),), strict=False)
+    frozen = VectorQuantizer(8, 32, frozen=True)
+    z = torch.randn(4, 8)
+    assert torch.equal(export(frozen, (z,), strict=False).module()(z).indices, frozen.encode(z))
+
+
+def test_half_precision():
+    net = model().bfloat16()
+    x = pictures(2, 3, 16, 24).bfloat16()
+    made = export(Part(net, "encode"), (x,), strict=False)
+    assert torch.equal(made.module()(x), net.encode(x))

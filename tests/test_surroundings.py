@@ -1,0 +1,248 @@
+"""What surrounds a model: half precision by every road, weight averaging, activation checkpointing, forward mode, older states."""
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+
+from rotvq import VQVAE, VectorQuantizer
+from test_quantizer import OPTIONS, layer, same, state_of
+
+HALF = [torch.float16, torch.bfloat16]
+
+
+# Half precision
+
+
+def by_loader(model, dtype):
+    "Every tensor cast and put into its place without asking the module, as loaders of large models do."
+    for module in model.modules():
+        for held in (module._buffers, module._parameters):
+            for name, value in held.items():
+                if value is not None and value.is_floating_point():
+                    cast = value.detach().to(dtype)
+                    held[name] = nn.Parameter(cast) if held is module._parameters else cast
+    return model.eval()                                                   # which such loaders call
+
+
+def by_assignment(model, dtype):
+    model.load_state_dict({k: v.to(dtype) if v.is_floating_point() else v for k, v in model.state_dict().items()}, assign=True)
+    return model
+
+
+ROADS = {"to": lambda m, dtype: m.to(dtype), "half": lambda m, dtype: m.half() if dtype == torch.float16 else m.bfloat16(), "assign": by_assignment, "loader": by_loader}
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("options", [{}, {"learnable": True}, {"distance": "cosine"}], ids=str)
+def test_a_model_in_half_precision(road, dtype, options):
+    torch.manual_seed(0)
+    model = ROADS[road](VQVAE(16, 8, 64, init="normal", **options), dtype)
+    x = (torch.rand(2, 3, 16, 16) * 2 - 1).to(dtype)
+    model.eval()
+    out = model(x)
+    assert model.quantizer.decode(out.indices).dtype == model.decode(out.indices).dtype == out.x_hat.dtype == dtype
+    assert torch.equal(model.decode(model.encode(x)), out.x_hat)
+    model.train()
+    for _ in range(3): model(x).loss.backward()
+    vq = model.quantizer
+    assert vq.codebook.dtype == dtype and vq.counts.dtype == torch.float32
+    if not vq.learnable: assert vq.sums.dtype == torch.float32 and vq.codebook.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_running_averages_are_not_rounded(dtype):
+    "Neither by `.half()` nor on the way back; a count of 4e5 is beyond float16."
+    vq = layer()
+    vq.counts.fill_(4e5 + 1 / 3)
+    vq.sums.copy_(vq.codebook * vq.counts[:, None])
+    sums, counts = vq.sums.clone(), vq.counts.clone()
+    for step in (lambda: vq.to(dtype), lambda: vq.float(), lambda: vq.to("cpu", dtype), lambda: vq.train(), lambda: copy.deepcopy(vq)):
+        step()
+        assert torch.equal(vq.sums, sums) and torch.equal(vq.counts, counts)
+    vq(torch.randn(50, 8).to(dtype))
+    assert vq.codebook.isfinite().all() and vq.codebook.dtype == dtype
+    assert layer().to(torch.float64).counts.dtype == torch.float64
+    assert layer().half().to("meta").counts.dtype == torch.float32
+
+
+def test_averages_that_a_loader_made_infinite_begin_at_the_codes():
+    vq = layer()
+    vq.counts[:5], vq.sums[7, 2] = 4e5, 1e6
+    by_loader(vq, torch.float16)
+    assert vq.counts.dtype == torch.float32 and vq.counts.isfinite().all() and vq.sums.isfinite().all()
+    rows = [0, 1, 2, 3, 4, 7]
+    assert vq.counts[rows].eq(1).all() and torch.equal(vq.sums[rows], vq.codebook[rows].float()) and not vq.sums.isnan().any()
+    vq.train()(torch.randn(50, 8).half())
+    assert vq.codebook.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_made_under_another_default_dtype(options, dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        torch.manual_seed(0)
+        vq = VectorQuantizer(8, 32, **({"init": "normal"} | OPTIONS[options]))
+        if vq.revive_after: vq.waited.fill_(5)
+        out = vq(torch.randn(3000, 8))
+        vq(torch.randn(3000, 8))
+    finally: torch.set_default_dtype(torch.float32)
+    assert out.q.dtype == vq.codebook.dtype == dtype and vq.counts.dtype == torch.float32 and vq.codebook.isfinite().all()
+    if options == "plain": assert vq.counts.sum() == pytest.approx(0.64 * 32 + 0.36 * 3000, rel=1e-5)
+
+
+def test_autocast():
+    torch.manual_seed(0)
+    model = VQVAE(16, 8, 64, init="normal")
+    x = torch.rand(2, 3, 16, 16) * 2 - 1
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model.eval()(x)
+        assert torch.equal(model.decode(model.encode(x)), out.x_hat)
+        model.train()(x)
+    assert {v.dtype for v in model.quantizer.state_dict().values() if v.is_floating_point()} == {torch.float32}
+
+
+# States of before
+
+
+def test_states_without_the_newer_entries_load():
+    "Version 0.0.1 had `ready` as a bool and did not count batches."
+    for assign in (False, True):
+        vq = layer(init="kmeans")
+        vq(torch.randn(100, 8))
+        old = {k: v for k, v in vq.state_dict().items() if k != "batches"} | {"ready": torch.tensor(True)}
+        again = layer(init="kmeans")
+        again.load_state_dict(copy.deepcopy(old), assign=assign)
+        assert again._ready and again.ready.dtype == torch.int64 and again.batches == 0
+        assert torch.equal(again(torch.zeros(1, 8)).q, vq(torch.zeros(1, 8)).q)
+    with pytest.raises(RuntimeError, match="Missing"): layer().load_state_dict({})
+
+
+# Weight averaging
+
+
+@pytest.mark.parametrize("average", [{}, {"multi_avg_fn": get_ema_multi_avg_fn(0.9)}, {"avg_fn": lambda old, new, n: 0.9 * old + 0.1 * new}], ids=["mean", "ema", "function"])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_weights_are_averaged(average, options):
+    vq = layer(**OPTIONS[options])
+    averaged = AveragedModel(vq, use_buffers=True, **average)
+    seen = []
+    for k in range(4):
+        vq(torch.randn(200, 8, generator=torch.Generator().manual_seed(k)))
+        averaged.update_parameters(vq)
+        seen.append(vq.codebook.detach().clone())
+    expected = torch.stack(seen).mean(0)
+    if average:
+        expected = seen[0]
+        for new in seen[1:]: expected = 0.9 * expected + 0.1 * new
+    assert_close(averaged.module.codebook.detach(), expected)
+    out = averaged.eval()(torch.randn(20, 8))
+    assert out.q.isfinite().all() and averaged.module.ready == 1
+
+
+# Activation checkpointing
+
+
+class Checkpointed(nn.Module):
+    "A layer in the checkpointed part, or outside it."
+
+    def __init__(self, inside, use_reentrant=False, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.before, self.after, self.vq = nn.Linear(8, 8), nn.Linear(8, 8), VectorQuantizer(8, 32, **({"init": "normal"} | options))
+        self.inside, self.reentrant = inside, use_reentrant
+
+    def body(self, x):
+        q, _, loss = self.vq(self.before(x))
+        return self.after(q.relu()), loss
+
+    def forward(self, x):
+        if self.inside: y, loss = checkpoint(self.body, x, use_reentrant=self.reentrant)
+        else: y, loss = self.body(x)
+        return y.square().mean() + loss
+
+
+def two_steps(net, call=None):
+    grads = []
+    for k in range(2):
+        net.zero_grad()
+        (net if call is None else call)(torch.randn(60, 8, generator=torch.Generator().manual_seed(k)).requires_grad_()).backward()
+        grads.append([p.grad.clone() for p in net.parameters() if p.grad is not None])
+    return grads, state_of(net)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("options", [name for name in OPTIONS if name != "k-means"])
+def test_a_checkpointed_layer_is_right_or_refuses(options, reentrant):
+    kw = OPTIONS[options]
+    if not (kw.get("learnable") or kw.get("frozen")):
+        with pytest.raises(RuntimeError, match="checkpoint what comes before"): two_steps(Checkpointed(True, reentrant, **kw))
+        return
+    (a, state_a), (b, state_b) = (two_steps(Checkpointed(inside, reentrant, **kw)) for inside in (False, True))
+    assert_close(b, a)
+    assert_close(state_b, state_a)                                        # counted once, revived once
+    net = Checkpointed(True, reentrant).eval()
+    two_steps(net)
+
+
+@pytest.mark.parametrize("options", [name for name in OPTIONS if name != "k-means"])
+def test_a_checkpointed_layer_in_a_compiled_graph_is_right_or_refuses(options):
+    torch._dynamo.reset()
+    kw = OPTIONS[options]
+    net = Checkpointed(True, **kw)
+    if kw.get("frozen") or kw.get("learnable") and not kw.get("revive_after"):
+        grads, state = two_steps(net, torch.compile(net))
+        expected, state_ = two_steps(Checkpointed(False, **kw))
+        assert_close(grads, expected, rtol=1e-4, atol=1e-6)
+        assert_close(state, state_, rtol=1e-4, atol=1e-6)
+    else:
+        with pytest.raises(RuntimeError, match="checkpoint what comes before"): two_steps(net, torch.compile(net))
+
+
+# Transforms
+
+
+@pytest.mark.parametrize("options", [{}, {"distance": "cosine"}, {"learnable": True}, {"estimator": "ste"}, {"estimator": "reflection"}, {"codebook_size": 300}], ids=str)
+def test_forward_mode_and_hessian_of_the_layer(options):
+    torch.manual_seed(0)
+    vq = VectorQuantizer(**({"dim": 3, "codebook_size": 12, "init": "normal"} | options)).double().eval()
+    z, t = torch.randn(2, 4, 3, dtype=torch.float64)
+
+    def loss(z):
+        out = vq(z)
+        return out.q.sin().sum() + out.loss
+
+    grad = torch.func.grad(loss)(z)
+    assert_close(torch.func.jvp(loss, (z,), (t,))[1], (grad * t).sum())
+    leaf = z.clone().requires_grad_()
+    first, = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+    rows = torch.stack([torch.autograd.grad(first.flatten()[k], leaf, retain_graph=True)[0] for k in range(12)]).view(4, 3, 4, 3)
+    assert_close(torch.func.hessian(loss)(z), rows)
+    assert_close(torch.autograd.functional.hessian(loss, z), rows)
+
+
+# Small things a user tries
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers():
+    assert layer(revive_after=np.int64(3)).revive_after == 3
+    for bad in (np.float64(3), np.bool_(True), True, "3", 0):
+        with pytest.raises(ValueError, match="revive_after"): layer(revive_after=bad)
+
+
+def test_revival_goes_on_as_it_would_have_whatever_the_random_generator_does():
+    "The draws are part of the state, so a run resumed from it, without random state, is the same run."
+    a = VectorQuantizer(8, 64, revive_after=2)
+    for k in range(4): a(torch.randn(20, 8, generator=torch.Generator().manual_seed(k)))
+    b = VectorQuantizer(8, 64, revive_after=2)
+    b.load_state_dict(a.state_dict())
+    for net, seed in ((a, 1), (b, 2)):
+        torch.manual_seed(seed)
+        for k in range(4, 8): net(torch.randn(20, 8, generator=torch.Generator().manual_seed(k)))
+    assert same(state_of(a), state_of(b)) and a.batches == 8
