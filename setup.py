@@ -21,6 +21,7 @@ setup(
     keywords=cfg["keywords"],
     license="Apache-2.0",
     packages=["rotvq"],
+    py_modules=["rotvq_command"],
     package_data={"rotvq": ["sample/*.md", "sample/*/*/*.jpg"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),

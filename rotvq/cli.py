@@ -13,12 +13,13 @@ import shlex
 import sys
 from pathlib import Path
 
+import rotvq
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
 from .data import SAMPLE, ImageNet10, cache_dir, decode_picture, imagenet10
-from .model import VQVAE
+from .model import VQVAE, read_config
 from .quantizer import ESTIMATORS, NAMES
 from .training import PRESETS, Preset, Run, best_device, evaluate
 from .training import find_preset, held_state, to_float, train
@@ -157,7 +158,7 @@ def cmd_train(args) -> None:
 def cmd_eval(args) -> None:
     "Print the metrics of a trained model on the validation pictures."
     folder = checkpoint_folder(args.checkpoint)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_config(folder)
     source = imagenet10(args.data)
     size = config.get("run", {}).get("preset", {}).get("size", 64)
     result = evaluate(
@@ -174,7 +175,7 @@ def cmd_eval(args) -> None:
 def cmd_reconstruct(args) -> None:
     "Write a PNG with pictures above their reconstructions."
     folder = checkpoint_folder(args.checkpoint)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_config(folder)
     size = args.size or config.get("run", {}).get("preset", {}).get("size", 64)
     x = to_float(torch.stack([torch.tensor(decode_picture(Path(p), size)) for p in args.pictures]))
     with torch.no_grad():
@@ -222,6 +223,7 @@ def parser() -> argparse.ArgumentParser:
         "rotvq",
         description="The rotation trick for vector quantization: train a VQ-VAE on ImageNet-10 and look at it.",
     )
+    top.add_argument("--version", action="version", version=f"rotvq {rotvq.__version__}, PyTorch {torch.__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     data_help = 'folder with train/<class>/ and val/<class>/, or "sample" (default: ROTVQ_DATA, data/imagenet10, the cache, a download)'
 

@@ -91,15 +91,14 @@ def imagenet10(
     download: bool = True,  # fetch when nothing is found
 ) -> Source:
     "Find the pictures, or download them; with no network, say so in one line and use the bundled sample."
+    chosen_by = "" if root else "ROTVQ_DATA names it; unset it to download. "
     root = root or os.environ.get("ROTVQ_DATA")
     if root:
         if str(root) == "sample":
             return SAMPLE
         root = Path(root).expanduser()
         if not root.is_dir():
-            raise DataError(
-                f"{root} is not a folder. Name one with train/ and val/, or unset ROTVQ_DATA to download."
-            )
+            raise DataError(f"{root} is not a folder. {chosen_by}Name one that holds train/ and val/.")
         for split in ("train", "val"):
             list_pictures(root, split)
         return Source(root, root.resolve().name)
@@ -194,6 +193,8 @@ def decode_picture(
         with Image.open(file) as image:
             image.draft("RGB", (size, size))
             image = ImageOps.exif_transpose(image)
+            if image.mode == "F" or (image.mode == "I" and max(np.abs(image.getextrema())) > 65535):
+                raise ValueError("its pixels have 32 bits, of which nobody knows what is white: save it with 8 or 16")
             if image.mode.startswith("I"):  # 16 bits a pixel
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             square = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'Preset', 'find_preset', 'best_device', 'to_float', 'batches', 'Stopwatch', 'Learner', 'evaluate',
-           'write_whole', 'machine', 'held_state', 'Run', 'diverged', 'run_epoch', 'describe', 'train']
+           'write_whole', 'machine', 'held_state', 'Run', 'diverged', 'run_epoch', 'describe', 'alone_in',
+           'check_folder', 'train']
 
 # %% ../nbs/11_training.ipynb #64b4258e
 import dataclasses
@@ -13,19 +14,21 @@ import math
 import os
 import platform
 import time
+import zipfile
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from .codebook import code_counts, perplexity, usage
 from .data import SAMPLE, ImageNet10, Source, imagenet10
 from .metrics import psnr, quantization_error
-from .model import VQVAE
+from .model import VQVAE, replacing
 
 # %% ../nbs/11_training.ipynb #922025b0
 @dataclass(frozen=True)
@@ -201,9 +204,8 @@ def evaluate(
 # %% ../nbs/11_training.ipynb #c5a99abd
 def write_whole(file: Path, text: str) -> None:
     "Replace `file` in one piece: a crash leaves the old one."
-    partial_file = file.with_name(f".{file.name}")
-    partial_file.write_text(text, encoding="utf-8")
-    os.replace(partial_file, file)
+    with replacing(file) as partial_file:
+        partial_file.write_text(text, encoding="utf-8")
 
 
 def machine(device: torch.device) -> dict:
@@ -219,10 +221,14 @@ def held_state(out: Path) -> dict:
     if not file.exists():
         raise ValueError(f"{out} holds no run to resume (no state.pt). Start it without --resume.")
     try:
+        with zipfile.ZipFile(file) as archive:  # which is what torch.save writes, with checksums nobody looks at
+            if spoilt := archive.testzip():
+                raise ValueError(f"wrong checksum of {spoilt}")
         state = torch.load(file, map_location="cpu", weights_only=True)
         return state | {"config": json.loads(state["config"]), "rows": json.loads(state["rows"])}
     except Exception as error:  # a damaged file fails in many ways
-        raise ValueError(f"{file} cannot be read ({type(error).__name__}). Start another run.") from error
+        said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        raise ValueError(f"{file} cannot be read ({said}). Start another run.") from error
 
 # %% ../nbs/11_training.ipynb #ae3064ba
 class Run:
@@ -252,8 +258,8 @@ class Run:
             name: (learner.model.state_dict(), learner.opt.state_dict(), learner.watch.read())
             for name, learner in learners.items()
         }
-        torch.save(state, self.out / ".state.pt")
-        os.replace(self.out / ".state.pt", self.out / "state.pt")
+        with replacing(self.out / "state.pt") as partial_file:
+            torch.save(state, partial_file)
 
     def load(self, learners: dict[str, Learner]) -> int:
         "Restore the state; returns the number of finished epochs. Raises if the run had other settings."
@@ -340,6 +346,30 @@ def describe(row: dict) -> str:
     )
 
 # %% ../nbs/11_training.ipynb #55179851
+@contextmanager
+def alone_in(folder: Path):
+    "No other process may train in `folder` meanwhile; the lock goes with the process, however that ends."
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(f"Another process is training in {folder}. Wait for it, or choose another folder.") from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # Windows deletes no file that is open
+            (folder / ".lock").unlink()
+        lock.release()
+
+
+def check_folder(folder: Path, resume: bool) -> None:
+    "Raise unless there is a run to resume, or, for a new one, none."
+    if resume:
+        held_state(folder)
+    elif (folder / "state.pt").exists():
+        raise ValueError(f"{folder} holds a run. Continue it with --resume (resume=True), or choose another folder.")
+
+
 def train(
     preset: str | Preset = "auto",
     estimators: str | tuple[str, ...] = "rotation",  # one or several, side by side
@@ -355,32 +385,31 @@ def train(
     estimators = (estimators,) if isinstance(estimators, str) else tuple(estimators)
     if not estimators or len(set(estimators)) < len(estimators):
         raise ValueError(f"estimators is {estimators}; name one or several, each once.")
-    if resume:
-        held_state(out)
-    elif (out / "state.pt").exists():
-        raise ValueError(f"{out} holds a run. Continue it with --resume (resume=True), or choose another folder.")
+    check_folder(out, resume)
     source = data if isinstance(data, Source) else imagenet10(data)
     train_set, val_set = (
         ImageNet10(split, preset.size, source, preset.limit).images.to(device) for split in ("train", "val")
     )
     out.mkdir(parents=True, exist_ok=True)
-    config = {"preset": dataclasses.asdict(preset), "estimators": list(estimators), "seed": seed}
-    root = "sample" if source == SAMPLE else str(source.root.resolve())
-    run = Run(out, config | {"data": source.name, "root": root, "pictures": len(train_set)})
-    learners = {name: Learner(preset, name, seed, device) for name in estimators}
-    start = run.load(learners) if resume else 0
-    if not resume and preset.init == "kmeans":
-        for learner in learners.values():
-            learner.place_codes(next(batches(train_set, preset.batch, seed, 0, device)))
-    for epoch in range(start, preset.epochs):
-        means = run_epoch(preset, learners, train_set, seed, epoch, quiet)
-        for name, learner in learners.items():
-            row = {"epoch": epoch + 1, "estimator": name, "seed": seed, "data": source.name}
-            row |= evaluate(learner.model, val_set) | means[name] | {"seconds": round(learner.watch.read(), 1)}
-            if not (math.isfinite(row["mse"]) and math.isfinite(row["quantization_error"])):
-                raise diverged(name, row["mse"], f"the validation after epoch {epoch + 1}")
-            run.rows.append(row)
-            if not quiet:
-                print(describe(row), flush=True)
-        run.save(learners, epoch + 1)
+    with alone_in(out):
+        check_folder(out, resume)  # another process may have trained here while the pictures were decoded
+        config = {"preset": dataclasses.asdict(preset), "estimators": list(estimators), "seed": seed}
+        root = "sample" if source == SAMPLE else str(source.root.resolve())
+        run = Run(out, config | {"data": source.name, "root": root, "pictures": len(train_set)})
+        learners = {name: Learner(preset, name, seed, device) for name in estimators}
+        start = run.load(learners) if resume else 0
+        if not resume and preset.init == "kmeans":
+            for learner in learners.values():
+                learner.place_codes(next(batches(train_set, preset.batch, seed, 0, device)))
+        for epoch in range(start, preset.epochs):
+            means = run_epoch(preset, learners, train_set, seed, epoch, quiet)
+            for name, learner in learners.items():
+                row = {"epoch": epoch + 1, "estimator": name, "seed": seed, "data": source.name}
+                row |= evaluate(learner.model, val_set) | means[name] | {"seconds": round(learner.watch.read(), 1)}
+                if not (math.isfinite(row["mse"]) and math.isfinite(row["quantization_error"])):
+                    raise diverged(name, row["mse"], f"the validation after epoch {epoch + 1}")
+                run.rows.append(row)
+                if not quiet:
+                    print(describe(row), flush=True)
+            run.save(learners, epoch + 1)
     return run

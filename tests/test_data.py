@@ -241,3 +241,23 @@ def test_sample_crops_are_fixed_and_held_out_by_photograph():
 def test_bad_arguments():
     for kw, word in ((dict(split="test"), "test"), (dict(size=0), "size = 0"), (dict(limit=0), "limit = 0")):
         with pytest.raises(DataError, match=word): ImageNet10(**kw)
+
+
+@pytest.mark.parametrize("array", [np.full((20, 20), 0.5, dtype=np.float32), np.full((20, 20), 2**30, dtype=np.int32), np.full((20, 20), -70000, dtype=np.int32)], ids=["float", "int", "negative"])
+def test_pictures_of_32_bits_are_refused(tmp_path, array):
+    "They would become black, or anything: nobody knows which value is white."
+    Image.fromarray(array).save(tmp_path / "a.tiff")
+    with pytest.raises(DataError, match="a.tiff.*32 bits.*8 or 16"): data.decode_picture(tmp_path / "a.tiff", 16)
+
+
+def test_pictures_of_16_bits_in_wider_pixels_are_read(tmp_path):
+    Image.fromarray(np.full((20, 20), 40000, dtype=np.int32)).save(tmp_path / "a.tiff")
+    assert np.unique(data.decode_picture(tmp_path / "a.tiff", 16)).tolist() == [40000 >> 8]
+
+
+def test_a_wrong_folder_is_blamed_on_whoever_named_it(monkeypatch):
+    monkeypatch.setenv("ROTVQ_DATA", "sample")
+    with pytest.raises(DataError, match="nowhere is not a folder") as error: imagenet10("nowhere")
+    assert "ROTVQ_DATA" not in str(error.value)
+    monkeypatch.setenv("ROTVQ_DATA", "elsewhere")
+    with pytest.raises(DataError, match="elsewhere is not a folder. ROTVQ_DATA names it; unset it"): imagenet10()

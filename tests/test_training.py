@@ -12,9 +12,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch.testing import assert_close
 
 import rotvq.cli as cli
+import rotvq.model as model
 import rotvq.training as training
 from rotvq import VQVAE
 from rotvq.cli import comparison_table, main
@@ -289,3 +291,92 @@ def test_stopwatch_adds_up_and_keeps_what_it_had():
         with watch: time.sleep(0.01)
     first = watch.read()
     assert 10.02 <= first < 11 and watch.read() == first
+
+
+# What can happen to a folder
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    "The second one is told so; a lock whose process was killed holds nobody back."
+    code = ("import sys, time; from rotvq.training import *; from rotvq.training import alone_in; from pathlib import Path\n"
+            "with alone_in(Path(sys.argv[1])): print('locked', flush=True); time.sleep(60)")
+    (tmp_path / "run").mkdir()
+    child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    try:
+        assert child.stdout.readline() == "locked\n"
+        with pytest.raises(ValueError, match="Another process is training"): train(TINY, "ste", SAMPLE, tmp_path / "run", quiet=True)
+        assert {p.name for p in (tmp_path / "run").iterdir()} <= {".lock"}
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        train(TINY, "ste", SAMPLE, tmp_path / "run", quiet=True)
+    finally: child.kill(); child.wait(); child.stdout.close()
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.json", "metrics.jsonl", "model.safetensors", "state.pt"}
+
+
+def test_flipped_bits_in_the_state_are_noticed(tmp_path):
+    train(TINY, "ste", SAMPLE, tmp_path / "run", quiet=True)
+    file = tmp_path / "run" / "state.pt"
+    whole = file.read_bytes()
+    for place in (len(whole) // 4, len(whole) // 2, 3 * len(whole) // 4):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1:])
+        with pytest.raises(ValueError, match="state.pt cannot be read"): train(TINY, "ste", SAMPLE, tmp_path / "run", resume=True, quiet=True)
+    file.write_bytes(whole)
+    assert train(TINY, "ste", SAMPLE, tmp_path / "run", resume=True, quiet=True).rows
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full to write to")
+@pytest.mark.parametrize("name", ["state.pt", "model.safetensors", "metrics.jsonl"])
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path, capsys, monkeypatch, name):
+    arguments = ["train", "--preset", "smoke", "--estimator", "ste", "--data", "sample", "--out", str(tmp_path / "run")]
+    real, calls = training.run_epoch, []
+    def epoch(*args):
+        calls.append(1)
+        if len(calls) == 2:                                                               # the second epoch finds the disk full
+            if name == "model.safetensors": monkeypatch.setattr(model, "save_file", no_space)
+            else: (tmp_path / "run" / f".{name}").symlink_to("/dev/full")
+        return real(*args)
+    def no_space(tensors, file):                                                          # safetensors replaces a link
+        file.write_bytes(b"half of it")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    monkeypatch.setattr(training, "run_epoch", epoch)
+    assert main(arguments) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("rotvq: ") and said.count("\n") == 1 and f"{name} cannot be written" in said
+    assert not [p for p in (tmp_path / "run").iterdir() if p.name.startswith(".")]
+    assert training.held_state(tmp_path / "run")["epoch"] == 1
+    monkeypatch.undo()
+    assert main([*arguments, "--resume"]) == 0                                            # there is room again
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"model": 3}', '{"model": {"widths": 3}}', '{"model": {"width": 8}}'])
+@pytest.mark.parametrize("command", [["eval"], ["reconstruct", "x.png", "--out", "y.png"]], ids=lambda c: c[0])
+def test_a_broken_config_is_named(trained, tmp_path, capsys, text, command):
+    for name in ("model.safetensors", "config.json"): (tmp_path / name).write_bytes((trained / "ste" / name).read_bytes())
+    Image.new("RGB", (40, 40)).save(tmp_path / "x.png")
+    (tmp_path / "config.json").write_text(text)
+    verb, *rest = command
+    assert main([verb, str(tmp_path), *[str(tmp_path / word) if word.endswith(".png") else word for word in rest]] + (["--data", "sample"] if verb == "eval" else [])) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("rotvq: ") and "config.json" in said and str(tmp_path) in said
+
+
+def test_a_wrong_argument_of_from_pretrained_is_a_type_error(trained):
+    with pytest.raises(TypeError, match="widht"): VQVAE.from_pretrained(trained / "ste", widht=3)
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop: main(["--version"])
+    said = capsys.readouterr().out
+    assert stop.value.code == 0 and said.startswith("rotvq 0.") and torch.__version__ in said
+
+
+def test_an_interrupt_while_the_command_loads_shows_no_traceback():
+    code = "import sys; sys.path.insert(0, sys.argv[1]); sys.modules['rotvq.cli'] = Stop = type('Stop', (), {}); import rotvq_command\n" \
+           "def interrupt(*_): raise KeyboardInterrupt\nimport builtins; builtins.__import__ = interrupt\n" \
+           "sys.exit(rotvq_command.main())"
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    done = subprocess.run([sys.executable, "-c", code, root], capture_output=True, text=True)
+    assert done.returncode == 130 and "Traceback" not in done.stderr
+    fast = subprocess.run([sys.executable, "-X", "importtime", "-c", "import sys; sys.path.insert(0, sys.argv[1]); import rotvq_command", root], capture_output=True, text=True)
+    assert fast.returncode == 0 and "torch" not in fast.stderr               # nothing slow comes before
