@@ -2,21 +2,24 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OLDEST := .venv-oldest
 # compat: the package is found even from the folder above, where the clone itself has its name
 PIP_FLAGS := --disable-pip-version-check -q --config-settings editable_mode=compat
 PACKAGE := settings.ini setup.py pyproject.toml
 
-.PHONY: help train test lab docs quarto export notebooks clean
+.PHONY: help train test test-integrations test-oldest lab docs quarto export notebooks clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train      train straight-through and rotation side by side on ImageNet-10, print the table"
 	@echo "make test       all notebooks and tests"
+	@echo "make test-integrations  ONNX, Lightning, accelerate, diffusers, transformers (installs them into .venv)"
+	@echo "make test-oldest        the tests of the package with the oldest versions that settings.ini allows"
 	@echo "make lab        JupyterLab on the notebooks"
 	@echo "make docs       the site, into _docs/ (needs Quarto)"
 	@echo "make export     rotvq/ and README.md from the notebooks"
 	@echo "make notebooks  execute all notebooks in place, on the bundled sample"
-	@echo "make clean      remove what can be made again (.venv too); data/ and runs/ stay"
+	@echo "make clean      remove what can be made again (.venv and .venv-oldest too); data/ and runs/ stay"
 
 # An existing .venv is used as it is, so another build of PyTorch can be put there first.
 $(BIN)/python:
@@ -34,6 +37,23 @@ $(VENV)/dev-ready: $(PACKAGE) | $(BIN)/python
 	@$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[dev]'
 	@touch $@ $(VENV)/train-ready
 
+$(VENV)/integrations-ready: $(VENV)/dev-ready
+	@echo "==> installing the frameworks of settings.ini's integrations_requirements into $(VENV) (once)"
+	@$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[dev,integrations]'
+	@touch $@
+
+# An environment of its own. The oldest versions come last and by themselves: libraries of the tests may ask for newer ones.
+$(OLDEST)/ready: $(PACKAGE)
+	@echo "==> installing the oldest versions into $(OLDEST) (once; several GB)"
+	@rm -rf $(OLDEST)
+	@$(PYTHON) -m venv $(OLDEST)
+	@oldest=$$($(OLDEST)/bin/python -c "import configparser as c; s = c.ConfigParser(); s.read('settings.ini'); print(s['DEFAULT']['requirements'].replace('>=', '=='))"); \
+	torch=$$(echo "$$oldest" | tr ' ' '\n' | grep ^torch); numpy=$$(echo "$$oldest" | tr ' ' '\n' | grep ^numpy); \
+	$(OLDEST)/bin/python -m pip install --disable-pip-version-check -q $$torch $$numpy matplotlib pytest hypothesis pyyaml vector-quantize-pytorch && \
+	$(OLDEST)/bin/python -m pip install --disable-pip-version-check -q --no-deps $$oldest && \
+	$(OLDEST)/bin/python -m pip install --disable-pip-version-check -q --no-deps --config-settings editable_mode=compat -e .
+	@touch $@
+
 train: $(VENV)/train-ready
 	@echo "==> rotvq train --preset auto --estimator compare"
 	@$(BIN)/rotvq train --preset auto --estimator compare
@@ -45,6 +65,13 @@ test: $(VENV)/dev-ready
 	if [ -d "$$ROTVQ_DATA" ]; then ROTVQ_DATA=$$(cd "$$ROTVQ_DATA" && pwd); fi; \
 	echo "==> executing the notebooks (pictures: $$ROTVQ_DATA)"; OMP_NUM_THREADS=1 nbdev_test --n_workers 2 --do_print --timing; \
 	echo "==> pytest"; python -m pytest
+
+test-integrations: $(VENV)/integrations-ready
+	@$(BIN)/python -m pytest tests/integrations
+
+# Without the tests of the project itself, which need nbdev.
+test-oldest: $(OLDEST)/ready
+	@PATH="$(CURDIR)/$(OLDEST)/bin:$$PATH" python -m pytest $(foreach t,project claims explorables compatibility,--ignore tests/test_$(t).py)
 
 # In a container one is often root, where JupyterLab does not start unless told to.
 lab: $(VENV)/dev-ready
@@ -73,5 +100,5 @@ notebooks: export
 	@$(BIN)/python tools/readme.py
 
 clean:
-	rm -rf $(VENV) _docs _proc build dist *.egg-info nbs/nbdev.yml nbs/.last_checked .pytest_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) _docs _proc build dist *.egg-info nbs/nbdev.yml nbs/.last_checked .pytest_cache .hypothesis
 	find rotvq nbs tests tools benchmarks \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
