@@ -1,6 +1,7 @@
 """Compiled by the default backend, with something after the layer, training equals eager training: gradients, state, and what is returned."""
 import copy
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -205,3 +206,27 @@ def test_half_precision_by_autocast():
         loss.backward()
         grads.append([p.grad for p in net.parameters()])
     for a, b in zip(*grads): assert ((a - b).norm() / a.norm()) < 0.05     # bfloat16 is rounded in other places
+
+
+def test_no_warning_of_lambda_inside_a_graph():
+    "It would have to wait for a value there; eager mode warns at the tenth batch, and `diagnose` can be asked at any time."
+    torch._dynamo.reset()
+    layer = VectorQuantizer(8, 32, learnable=True)
+    layer.codebook.data.mul_(1e-3)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for _ in range(12): compiled(torch.randn(64, 8))
+    assert layer.diagnose(torch.randn(64, 8)).lam.median() < 0.01
+    with pytest.warns(UserWarning, match="median of λ"):
+        for _ in range(12): layer(torch.randn(64, 8))
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_transforms_inside_a_compiled_function(name):
+    torch._dynamo.reset()
+    z, q = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
+    grad = torch.func.grad(lambda z: ESTIMATORS[name](z, q).sin().sum())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                                   # of the graph breaks
+        assert_close(torch.compile(lambda z: grad(z))(z), grad(z))

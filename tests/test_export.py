@@ -98,3 +98,12 @@ def test_half_precision():
     x = pictures(2, 3, 16, 24).bfloat16()
     made = export(Part(net, "encode"), (x,), strict=False)
     assert torch.equal(made.module()(x), net.encode(x))
+
+
+def test_an_exported_program_is_for_inference():
+    "The estimator is inlined as its value: what follows an encoder in a program gives it no gradient."
+    layer = VectorQuantizer(8, 32, init="normal").eval()
+    z = torch.randn(4, 8, requires_grad=True)
+    out = export(Part(layer, "forward"), (z,), strict=False).module()(z)
+    assert torch.equal(out[0], layer(z).q)
+    assert not out[0].requires_grad or torch.autograd.grad(out[0].sum(), z, allow_unused=True)[0] is None

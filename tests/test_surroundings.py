@@ -146,6 +146,15 @@ def test_weights_are_averaged(average, options):
     assert out.q.isfinite().all() and averaged.module.ready == 1
 
 
+def test_averaging_without_buffers_takes_the_latest_codebook():
+    model = VQVAE(16, 8, 32)
+    averaged, vq = AveragedModel(model), model.quantizer
+    for _ in range(3):
+        vq(torch.randn(200, 8))
+        averaged.update_parameters(model)
+    assert torch.equal(averaged.module.quantizer.codebook, vq.codebook)
+
+
 # Activation checkpointing
 
 
