@@ -11,15 +11,15 @@ PACKAGE := settings.ini setup.py pyproject.toml
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make train      train straight-through and rotation side by side on ImageNet-10, print the table"
-	@echo "make test       all notebooks and tests"
+	@echo "make train              train straight-through and rotation side by side on ImageNet-10, print the table"
+	@echo "make test               all notebooks and tests"
 	@echo "make test-integrations  ONNX, Lightning, accelerate, diffusers, transformers (installs them into .venv)"
 	@echo "make test-oldest        the tests of the package with the oldest versions that settings.ini allows"
-	@echo "make lab        JupyterLab on the notebooks"
-	@echo "make docs       the site, into _docs/ (needs Quarto)"
-	@echo "make export     rotvq/ and README.md from the notebooks"
-	@echo "make notebooks  execute all notebooks in place, on the bundled sample"
-	@echo "make clean      remove what can be made again (.venv and .venv-oldest too); data/ and runs/ stay"
+	@echo "make lab                JupyterLab on the notebooks"
+	@echo "make docs               the site, into _docs/ (needs Quarto)"
+	@echo "make export             rotvq/ and README.md from the notebooks"
+	@echo "make notebooks          execute all notebooks in place, on the bundled sample"
+	@echo "make clean              remove what can be made again (.venv and .venv-oldest too); data/ and runs/ stay"
 
 # An existing .venv is used as it is, so another build of PyTorch can be put there first.
 $(BIN)/python:

@@ -4,8 +4,8 @@
 
 Writes nbs/results/imagenet10_<preset>.json (a row for each epoch, estimator, seed and setting) after every run, so it can be
 stopped and started again, and two pictures into nbs/images/: effect.png, the curves of all seeds and of the long run, and
-reconstructions.png, free photographs through the models of the first run. With --long it makes the one long run instead, into
-nbs/results/imagenet10_<preset>_long.json.
+reconstructions.png, free photographs through the models of the first run. With --long it makes the long run instead (45 epochs, one
+seed), into nbs/results/imagenet10_<preset>_long.json.
 """
 import argparse
 import dataclasses
@@ -76,17 +76,29 @@ def draw(run: Path, file: Path, size: int = 128) -> None:
     save_rows(rows, file)
 
 
+def effect(results: Path, of_long: Path) -> None:
+    "effect.png from what has been measured."
+    short, longer = (json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else [] for file in (results, of_long))
+    save_run_curves([row for row in short if row["setting"] == "uniform start"], ROOT / "nbs" / "images" / "effect.png", longer)
+
+
 if __name__ == "__main__":
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--data", help="see `rotvq train --help`")
     options.add_argument("--preset", choices=list(PRESETS), default="cpu")
     options.add_argument("--runs", type=Path, default=ROOT / "runs" / "imagenet10")
+    options.add_argument("--long", action="store_true", help="one long run, instead of many short ones")
     args = options.parse_args()
     source = imagenet10(args.data)
     if source == SAMPLE: raise SystemExit("This experiment needs ImageNet-10: name its folder with --data.")
     if list_pictures(source.root, "val")[2] != WNIDS: raise SystemExit(f"{source.root} does not hold the ten classes of Imagenette.")
     source = Source(source.root, "imagenet10")  # whatever the folder is called
-    rows = measure(PRESETS[args.preset], source, args.runs, ROOT / "nbs" / "results" / f"imagenet10_{args.preset}.json")
-    measure_again(rows, PRESETS[args.preset], source, args.runs, ROOT / "nbs" / "results" / f"imagenet10_{args.preset}.json")
-    save_run_curves([row for row in rows if row["setting"] == "uniform start"], ROOT / "nbs" / "images" / "effect.png")
-    draw(args.runs / "uniform-start-seed0", ROOT / "nbs" / "images" / "reconstructions.png")
+    preset, results = PRESETS[args.preset], ROOT / "nbs" / "results" / f"imagenet10_{args.preset}.json"
+    of_long = results.with_name(f"{results.stem}_long.json")
+    if args.long:
+        measure(preset, source, args.runs, of_long, LONG)
+    else:
+        rows = measure(preset, source, args.runs, results, SETTINGS)
+        measure_again(rows, preset, source, args.runs, results)
+        draw(args.runs / "uniform-start-seed0", ROOT / "nbs" / "images" / "reconstructions.png")
+    effect(results, of_long)

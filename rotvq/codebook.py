@@ -70,7 +70,9 @@ def _(z, codes, offset, origin, tile):
 
 
 def exporting() -> bool:
-    "Whether a program for use elsewhere is being made (`torch.export`, ONNX), not one for this process."
+    "Whether a program for use elsewhere is being made (`torch.export`, ONNX, TorchScript), not one for this process."
+    if torch.jit.is_tracing():
+        return True
     if hasattr(torch.compiler, "is_exporting"):
         return torch.compiler.is_exporting()
     return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()  # PyTorch 2.6

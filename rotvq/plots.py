@@ -251,8 +251,11 @@ def draw_mirrors(a1, a2, b1, b2) -> Figure:
     return fig
 
 # %% ../nbs/90_plots.ipynb #fe2f041d
-def run_curves(rows: list[dict]) -> Figure:
-    "Reconstruction, quantization error, usage and perplexity against the epoch; `rows` as in `metrics.jsonl`."
+def run_curves(
+    rows: list[dict],  # as in `metrics.jsonl`
+    longer: list[dict] = (),  # of a longer run: thin lines, and epochs on a logarithmic axis
+) -> Figure:
+    "Reconstruction, quantization error, usage and perplexity against the epoch."
     style()
     fig, axes = plt.subplots(1, 4, figsize=(12.5, 3.1))
     panels = {
@@ -274,17 +277,31 @@ def run_curves(rows: list[dict]) -> Figure:
                     color=COLORS.get(estimator, "0.3"),
                     label=NAMES.get(estimator, estimator) if i == 0 else None,
                 )
+        for estimator in dict.fromkeys(row["estimator"] for row in longer):
+            line = [row for row in longer if row["estimator"] == estimator]
+            ax.plot([r["epoch"] for r in line], [r[key] for r in line], color=COLORS[estimator], lw=1, alpha=0.8)
         ax.set(title=title, xlabel="epoch")
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        if longer:
+            ticks = [t for t in (1, 2, 5, 10, 20, 50, 100) if t <= longer[-1]["epoch"]]
+            ax.set_xscale("log")
+            ax.set_xticks(ticks, ticks)
+            ax.minorticks_off()
+        else:
+            ax.xaxis.get_major_locator().set_params(integer=True)
     axes[1].set_yscale("log")
+    if longer:  # the early part would press the late one flat
+        axes[0].set_yscale("log")
+        ticks = [0.015, 0.02, 0.03, 0.05, 0.1]
+        axes[0].set_yticks(ticks, ticks)
+        axes[0].minorticks_off()
     axes[2].yaxis.set_major_formatter(plt.matplotlib.ticker.PercentFormatter(1, decimals=0))
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return fig
 
 
-def save_run_curves(rows: list[dict], file: str | Path) -> None:
+def save_run_curves(rows: list[dict], file: str | Path, longer: list[dict] = ()) -> None:
     "`run_curves` into a file, leaving no open figure behind."
-    fig = run_curves(rows)
+    fig = run_curves(rows, longer)
     fig.savefig(file)
     plt.close(fig)
 

@@ -20,7 +20,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.distributed.tensor import distribute_tensor
 
 from .codebook import check_distance, code_counts, code_sums, ema_update, exporting, is_good, kmeans
 from .codebook import nearest_code, perplexity, usage
@@ -139,7 +138,7 @@ def draw_rows(
 ) -> tuple[Tensor, Tensor]:  # `(count, d)`; and whether there was any usable row, a scalar
     "Usable rows of the joint batch, spread over it as if by chance; the same in every process."
     rank, all_of = (dist.get_rank(), processes()) if sync and processes() > 1 else (0, 1)
-    fine = 2**20  # steps in which the first row is chosen; with integers nothing is rounded
+    fine = 2**16  # steps in which the first row is chosen; with integers nothing is rounded
     order = scrambled(torch.arange(1, count + 1, device=z.device) + seed * count).argsort(stable=True)
     place = order * fine + scrambled(-1 - seed) % fine
     mine = torch.zeros(all_of, dtype=torch.int64, device=z.device)
@@ -308,7 +307,9 @@ class Codebook(nn.Module):
             if old is not None:  # a learnable codebook has no sums
                 choice = where if where is None or old.ndim == 1 else where[:, None]
                 new = torch.as_tensor(new) if where is None else torch.where(choice, new, old)
-                if hasattr(old, "full_tensor"):  # see `_codes`
+                if hasattr(old, "full_tensor"):  # see `_codes`; builds without torch.distributed lack the import
+                    from torch.distributed.tensor import distribute_tensor
+
                     new = distribute_tensor(new, old.device_mesh, old.placements)
                 old.copy_(new)
 
@@ -397,14 +398,12 @@ class Codebook(nn.Module):
     def _keep_exact(self) -> None:
         "Sums and counts in at least float32, whoever cast them; those that overflowed begin again, at the codes."
         self.ready = self.ready.long()  # a bool in rotvq 0.0.1
-        if self.counts.dtype.itemsize >= 4:
-            return
-        self.counts = self.counts.to(exact_dtype(self.counts))
-        lost = ~self.counts.isfinite()
-        if not self.learnable:
-            self.sums = self.sums.to(exact_dtype(self.sums))
-            lost |= ~self.sums.isfinite().all(1)
-        self._set(lost, sums=self.codebook.to(self.counts.dtype), counts=1)
+        for name in ("counts", "sums"):
+            state = getattr(self, name, None)
+            if state is not None and state.dtype.itemsize < 4:
+                setattr(self, name, state.float())
+                lost = ~state.isfinite().view(self.codebook_size, -1).all(1)
+                self._set(lost, sums=self.codebook.float(), counts=1)
 
 
 def _usable(flat: Tensor, real: Tensor | None) -> Tensor:
@@ -475,7 +474,7 @@ class VectorQuantizer(Codebook):
         revive_after: int | None = None,  # training batches without being chosen; `None`: never
         frozen: bool = False,  # the codebook stays as it is; an attribute, to be changed at any time
         channel_first: bool | None = None,  # input is `(B, d, ...)`; `None`: decide by shape, never guess
-        sync: bool = True,  # learn from the batches of all processes of `torch.distributed`
+        sync: bool = True,  # learn from all processes' batches; if not, DDP needs `broadcast_buffers=False`
     ):
         super().__init__(dim, codebook_size, distance, learnable, decay, init, revive_after, frozen, sync)
         if not commitment >= 0:

@@ -1,6 +1,7 @@
 """torch.export: any batch and size, the same indices, and a saved program that runs where rotvq is not installed."""
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -67,6 +68,7 @@ def test_a_saved_program_runs_without_rotvq(tmp_path):
     torch.save(expected, tmp_path / "expected.pt")
     code = f"""
 import sys
+import warnings
 sys.modules["rotvq"] = None                                               # importing it raises
 import torch
 from torch.testing import assert_close
@@ -107,3 +109,15 @@ def test_an_exported_program_is_for_inference():
     out = export(Part(layer, "forward"), (z,), strict=False).module()(z)
     assert torch.equal(out[0], layer(z).q)
     assert not out[0].requires_grad or torch.autograd.grad(out[0].sum(), z, allow_unused=True)[0] is None
+
+
+@pytest.mark.parametrize("way", ["encode", "decode"])
+def test_torchscript_by_tracing(way, tmp_path):
+    net = model()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                                   # TorchScript is on its way out, and says so
+        made = torch.jit.trace(Part(net, way).eval(), (example(way, *WAYS[way][0]),))
+        made.save(tmp_path / "model.pt")
+        again = torch.jit.load(tmp_path / "model.pt")
+    x = example(way, *((5, 4, 3) if way == "decode" else (5, 3, 16, 12)))
+    assert_close(again(x), Part(net, way)(x), rtol=1e-4, atol=1e-5)
