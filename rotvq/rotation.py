@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BLOCK', 'SAFE', 'OPPOSITE', 'rotation_matrix', 'rotate', 'dot', 'inverse_norm', 'dtypes', 'carry_back', 'combine',
            'needs_care', 'carry_back_in_blocks', 'RowWise', 'carry_rows', 'CarryBack', 'norm_ratio', 'ConstantMap',
-           'ForwardMap', 'constant_map', 'rotation_trick', 'expand_gamma']
+           'DualMap', 'constant_map', 'rotation_trick', 'expand_gamma']
 
 # %% ../nbs/04_rotation.ipynb #fa59853a
 import math
@@ -246,7 +246,7 @@ class ConstantMap(RowWise):
         return carry(g, z, q, gamma, ctx.sign), None, None, None
 
 
-class ForwardMap(ConstantMap):
+class DualMap(ConstantMap):
     "The same with a derivative in forward mode, which `torch.compile` does not take."
 
     @staticmethod
@@ -257,7 +257,7 @@ class ForwardMap(ConstantMap):
 
 def constant_map(z: Tensor, q: Tensor, gamma: float | Tensor | None, sign: int) -> Tensor:
     "`ConstantMap` for a checked pair."
-    function = ConstantMap if torch.compiler.is_compiling() else ForwardMap
+    function = ConstantMap if torch.compiler.is_compiling() else DualMap
     z, q = check_pair(z, q)
     return function.apply(z, q, expand_gamma(gamma, z), sign)
 

@@ -43,7 +43,7 @@ class _StraightThrough(torch.autograd.Function):
         return g, None
 
 
-class _StraightForward(_StraightThrough):
+class _StraightThroughDual(_StraightThrough):
     "The same with a derivative in forward mode, which `torch.compile` does not take."
 
     @staticmethod
@@ -58,7 +58,7 @@ def straight_through(
     """The straight-through estimator (Bengio et al. 2013): value `q`, gradient `g` to `z`, none to `q`.
 
     The value shares the memory of `q`, as a view does: clone it before changing it in place."""
-    function = _StraightThrough if torch.compiler.is_compiling() else _StraightForward
+    function = _StraightThrough if torch.compiler.is_compiling() else _StraightThroughDual
     return function.apply(*check_pair(z, q))
 
 # %% ../nbs/02_ste.ipynb #540271a8
@@ -79,7 +79,7 @@ class _Linear(torch.autograd.Function):
         return torch.einsum("...ij,...i->...j", ctx.saved_tensors[0].detach(), g), None, None
 
 
-class _LinearForward(_Linear):
+class _LinearDual(_Linear):
     @staticmethod
     def jvp(ctx, z_dot, q_dot, G_dot):
         return torch.einsum("...ij,...j->...i", ctx.saved_tensors[0].detach(), z_dot)
@@ -95,5 +95,5 @@ def linear_estimator(
     d = z.shape[-1]
     if G.shape[-2:] != (d, d):
         raise ValueError(f"G has shape {tuple(G.shape)}; for d = {d} it must end in ({d}, {d}).")
-    function = _Linear if torch.compiler.is_compiling() else _LinearForward
+    function = _Linear if torch.compiler.is_compiling() else _LinearDual
     return function.apply(z, q, G.expand(*z.shape, d))
