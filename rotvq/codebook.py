@@ -66,7 +66,9 @@ _best_score = torch.library.custom_op("rotvq::best_score", best_score, mutates_a
 
 @_best_score.register_fake
 def _(z, codes, offset, origin, tile):
-    return z.new_empty(z.shape[0], dtype=torch.int64)  # len(z) would fix the number for all batches
+    return z.new_empty(
+        z.shape[0], dtype=torch.int64
+    )  # len(z) would fix the number for all batches
 
 
 def exporting() -> bool:
@@ -75,30 +77,44 @@ def exporting() -> bool:
         return True
     if hasattr(torch.compiler, "is_exporting"):
         return torch.compiler.is_exporting()
-    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()  # PyTorch 2.6
+    return (
+        torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+    )  # PyTorch 2.6
 
 # %% ../nbs/01_vqvae.ipynb #02f6b59c
 def nearest_code(
     z: Tensor,  # encoder outputs, `(..., d)`, floating point
     codebook: Tensor,  # codes, `(K, d)`
-    tile: int | None = None,  # scores held at once; default 2²⁰ on a CPU, 2²⁴ on an accelerator
+    tile: (
+        int | None
+    ) = None,  # scores held at once; default 2²⁰ on a CPU, 2²⁴ on an accelerator
     distance: str = "euclidean",  # or "cosine": the smallest angle
 ) -> Tensor:  # indices `(...)`, int64
     "Index of the code nearest to each `z`, the lowest on ties. Computes in at least float32, autocast or not."
     _check_lookup(z, codebook, distance)
     dtype = torch.promote_types(z.dtype, torch.float32)
-    flat, codes = z.detach().reshape(-1, z.shape[-1]).to(dtype), codebook.detach().to(dtype)
+    flat, codes = z.detach().reshape(-1, z.shape[-1]).to(dtype), codebook.detach().to(
+        dtype
+    )
     tile = tile or (2**20 if z.device.type == "cpu" else 2**24)
-    with torch.autocast("cpu" if z.device.type == "meta" else z.device.type, enabled=False):
+    with torch.autocast(
+        "cpu" if z.device.type == "meta" else z.device.type, enabled=False
+    ):
         if distance == "cosine":
             codes, origin = normalize(codes, dim=1), codes.new_zeros(codes.shape[1])
             offset = codes.new_zeros(len(codes))
         else:
-            origin = codes[(codes - flat.mean(0)).square().sum(1).argmin(0, keepdim=True)][0]
+            origin = codes[
+                (codes - flat.mean(0)).square().sum(1).argmin(0, keepdim=True)
+            ][0]
             codes = codes - origin
             offset = -0.5 * codes.square().sum(1)
         if exporting():
-            return torch.addmm(offset, flat - origin, codes.T).argmax(1).reshape(z.shape[:-1])
+            return (
+                torch.addmm(offset, flat - origin, codes.T)
+                .argmax(1)
+                .reshape(z.shape[:-1])
+            )
         search = _best_score if torch.compiler.is_compiling() else best_score
         return search(flat, codes, offset, origin, tile).reshape(z.shape[:-1])
 
