@@ -78,12 +78,7 @@ class Source:
 SAMPLE = Source(Path(str(resource_files("rotvq"))) / "sample", "sample")
 
 
-NETWORK_ERRORS = (
-    urllib.error.URLError,
-    TimeoutError,
-    ConnectionError,
-    http.client.HTTPException,
-)
+NETWORK_ERRORS = (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException)
 
 
 def cache_dir() -> Path:
@@ -103,9 +98,7 @@ def imagenet10(
             return SAMPLE
         root = Path(root).expanduser()
         if not root.is_dir():
-            raise DataError(
-                f"{root} is not a folder. {chosen_by}Name one that holds train/ and val/."
-            )
+            raise DataError(f"{root} is not a folder. {chosen_by}Name one that holds train/ and val/.")
         for split in ("train", "val"):
             list_pictures(root, split)
         return Source(root, root.resolve().name)
@@ -200,21 +193,13 @@ def decode_picture(
         with Image.open(file) as image:
             image.draft("RGB", (size, size))
             image = ImageOps.exif_transpose(image)
-            if image.mode == "F" or (
-                image.mode == "I" and max(np.abs(image.getextrema())) > 65535
-            ):
-                raise ValueError(
-                    "its pixels have 32 bits, of which nobody knows what is white: save it with 8 or 16"
-                )
+            if image.mode == "F" or (image.mode == "I" and max(np.abs(image.getextrema())) > 65535):
+                raise ValueError("its pixels have 32 bits, of which nobody knows what is white: save it with 8 or 16")
             if image.mode.startswith("I"):  # 16 bits a pixel
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            square = ImageOps.fit(
-                image.convert("RGB"), (size, size), Image.Resampling.BICUBIC
-            )
+            square = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"{file} cannot be read as a picture ({error}). Remove or replace it."
-        ) from error
+        raise DataError(f"{file} cannot be read as a picture ({error}). Remove or replace it.") from error
     return np.asarray(square).transpose(2, 0, 1)
 
 # %% ../nbs/08_imagenet10.ipynb #5e1e323f

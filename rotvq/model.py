@@ -121,15 +121,9 @@ def replacing(file: Path):
     try:
         yield partial_file
         os.replace(partial_file, file)
-    except (
-        OSError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:  # torch and safetensors have words of their own
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have words of their own
         said = str(error).splitlines()[0]
-        raise OSError(
-            f"{file} cannot be written ({said}). What it held before is unchanged."
-        ) from error
+        raise OSError(f"{file} cannot be written ({said}). What it held before is unchanged.") from error
     finally:
         partial_file.unlink(missing_ok=True)
 
@@ -143,16 +137,11 @@ def save_pretrained(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = model.config | {"estimator": model.quantizer.estimator_name}
-    tensors = {
-        name: tensor.detach().cpu().contiguous()
-        for name, tensor in model.state_dict().items()
-    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with replacing(folder / "model.safetensors") as weights:
         save_file(tensors, weights)
     with replacing(folder / "config.json") as text:
-        text.write_text(
-            json.dumps({"model": config, **extra}, indent=1) + "\n", encoding="utf-8"
-        )
+        text.write_text(json.dumps({"model": config, **extra}, indent=1) + "\n", encoding="utf-8")
 
 
 def read_config(folder: str | Path) -> dict:
@@ -163,9 +152,7 @@ def read_config(folder: str | Path) -> dict:
     except ValueError as error:
         raise ValueError(f"{file} is damaged ({error}).") from error
     if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
-        raise ValueError(
-            f'{file} is not that of a saved model: it has no entry "model".'
-        )
+        raise ValueError(f'{file} is not that of a saved model: it has no entry "model".')
     return config
 
 
@@ -177,35 +164,22 @@ def from_pretrained(
     folder = Path(folder)
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder / name} does not exist; {folder} is not a saved model."
-            )
+            raise FileNotFoundError(f"{folder / name} does not exist; {folder} is not a saved model.")
     config = read_config(folder)["model"]
     try:
         weights = load_file(folder / "model.safetensors")
     except SafetensorError as error:
-        raise ValueError(
-            f"{folder / 'model.safetensors'} is damaged ({error})."
-        ) from error
-    if (
-        str(config.get("estimator")).startswith("custom:")
-        and "estimator" not in changes
-    ):
-        raise ValueError(
-            f"The model in {folder} has the estimator {config['estimator']!r}. Pass it: estimator=..."
-        )
+        raise ValueError(f"{folder / 'model.safetensors'} is damaged ({error}).") from error
+    if str(config.get("estimator")).startswith("custom:") and "estimator" not in changes:
+        raise ValueError(f"The model in {folder} has the estimator {config['estimator']!r}. Pass it: estimator=...")
     try:
         model = VQVAE(**(config | changes))
         model.load_state_dict(weights)
     except (TypeError, RuntimeError) as error:
         if changes:
             raise
-        raise ValueError(
-            f"The weights and the config.json in {folder} do not belong together ({error})."
-        ) from error
+        raise ValueError(f"The weights and the config.json in {folder} do not belong together ({error}).") from error
     return model.eval()
 
 
-VQVAE.save_pretrained, VQVAE.from_pretrained = save_pretrained, staticmethod(
-    from_pretrained
-)
+VQVAE.save_pretrained, VQVAE.from_pretrained = save_pretrained, staticmethod(from_pretrained)

@@ -253,9 +253,7 @@ def draw_mirrors(a1, a2, b1, b2) -> Figure:
 # %% ../nbs/90_plots.ipynb #fe2f041d
 def run_curves(
     rows: list[dict],  # as in `metrics.jsonl`
-    longer: list[
-        dict
-    ] = (),  # of a longer run: thin lines, and epochs on a logarithmic axis
+    longer: list[dict] = (),  # of a longer run: thin lines, and epochs on a logarithmic axis
 ) -> Figure:
     "Reconstruction, quantization error, usage and perplexity against the epoch."
     style()
@@ -281,13 +279,7 @@ def run_curves(
                 )
         for estimator in dict.fromkeys(row["estimator"] for row in longer):
             line = [row for row in longer if row["estimator"] == estimator]
-            ax.plot(
-                [r["epoch"] for r in line],
-                [r[key] for r in line],
-                color=COLORS[estimator],
-                lw=1,
-                alpha=0.8,
-            )
+            ax.plot([r["epoch"] for r in line], [r[key] for r in line], color=COLORS[estimator], lw=1, alpha=0.8)
         ax.set(title=title, xlabel="epoch")
         if longer:
             ticks = [t for t in (1, 2, 5, 10, 20, 50, 100) if t <= longer[-1]["epoch"]]
@@ -302,18 +294,12 @@ def run_curves(
         ticks = [0.015, 0.02, 0.03, 0.05, 0.1]
         axes[0].set_yticks(ticks, ticks)
         axes[0].minorticks_off()
-    axes[2].yaxis.set_major_formatter(
-        plt.matplotlib.ticker.PercentFormatter(1, decimals=0)
-    )
-    fig.legend(
-        *axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3
-    )
+    axes[2].yaxis.set_major_formatter(plt.matplotlib.ticker.PercentFormatter(1, decimals=0))
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return fig
 
 
-def save_run_curves(
-    rows: list[dict], file: str | Path, longer: list[dict] = ()
-) -> None:
+def save_run_curves(rows: list[dict], file: str | Path, longer: list[dict] = ()) -> None:
     "`run_curves` into a file, leaving no open figure behind."
     fig = run_curves(rows, longer)
     fig.savefig(file)
@@ -324,9 +310,7 @@ def picture_rows(rows: dict, size: float = 1.1) -> Figure:
     "Rows of pictures, each row named; pictures are `(N, 3, H, W)`, uint8 or floats on [−1, 1]."
     style()
     n = max(len(v) for v in rows.values())
-    fig, axes = plt.subplots(
-        len(rows), n, figsize=(size * n + 0.9, size * len(rows)), squeeze=False
-    )
+    fig, axes = plt.subplots(len(rows), n, figsize=(size * n + 0.9, size * len(rows)), squeeze=False)
     for line, (name, pictures) in zip(axes, rows.items()):
         for ax in line:
             ax.axis("off")
@@ -335,7 +319,5 @@ def picture_rows(rows: dict, size: float = 1.1) -> Figure:
             if picture.dtype != torch.uint8:
                 picture = ((picture.clamp(-1, 1) + 1) * 127.5).round().byte()
             ax.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
-        line[0].text(
-            -0.08, 0.5, name, ha="right", va="center", transform=line[0].transAxes
-        )
+        line[0].text(-0.08, 0.5, name, ha="right", va="center", transform=line[0].transAxes)
     return fig

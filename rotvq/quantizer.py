@@ -21,15 +21,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from rotvq.codebook import (
-    check_distance,
-    code_counts,
-    code_sums,
-    ema_update,
-    exporting,
-    is_good,
-    kmeans,
-)
+from .codebook import check_distance, code_counts, code_sums, ema_update, exporting, is_good, kmeans
 from .codebook import nearest_code, perplexity, usage
 from .householder import unit
 from .reflection import reflection_trick
@@ -61,10 +53,7 @@ def initial_codebook(
 ) -> Tensor:  # `(K, d)`, of the default dtype
     "A codebook drawn from the global random generator."
     if init in ("uniform", "kmeans"):
-        return (
-            torch.empty(codebook_size, dim).uniform_(-1, 1)
-            * (6 / (codebook_size * dim)) ** 0.5
-        )
+        return torch.empty(codebook_size, dim).uniform_(-1, 1) * (6 / (codebook_size * dim)) ** 0.5
     if init == "normal":
         return torch.randn(codebook_size, dim)
     raise ValueError(f'init is {init!r}; choose "uniform", "normal" or "kmeans".')
@@ -146,30 +135,18 @@ def draw_rows(
     count: int,  # how many to draw
     seed: Tensor,  # int64 scalar, the same in every process: decides which
     sync: bool = True,  # from the rows of all processes
-) -> tuple[
-    Tensor, Tensor
-]:  # `(count, d)`; and whether there was any usable row, a scalar
+) -> tuple[Tensor, Tensor]:  # `(count, d)`; and whether there was any usable row, a scalar
     "Usable rows of the joint batch, spread over it as if by chance; the same in every process."
-    rank, all_of = (
-        (dist.get_rank(), processes()) if sync and processes() > 1 else (0, 1)
-    )
-    fine = (
-        2**16
-    )  # steps in which the first row is chosen; with integers nothing is rounded
-    order = scrambled(
-        torch.arange(1, count + 1, device=z.device) + seed * count
-    ).argsort(stable=True)
+    rank, all_of = (dist.get_rank(), processes()) if sync and processes() > 1 else (0, 1)
+    fine = 2**16  # steps in which the first row is chosen; with integers nothing is rounded
+    order = scrambled(torch.arange(1, count + 1, device=z.device) + seed * count).argsort(stable=True)
     place = order * fine + scrambled(-1 - seed) % fine
     mine = torch.zeros(all_of, dtype=torch.int64, device=z.device)
     mine[rank] = usable.sum()
     sizes = sum_over(mine, sync)
     total = sizes.sum()
-    target = (
-        place * total // (count * fine) - sizes[:rank].sum()
-    )  # among my usable rows
-    row = torch.searchsorted(usable.cumsum(0), target + 1).clamp_max(
-        max(0, z.shape[0] - 1)
-    )
+    target = place * total // (count * fine) - sizes[:rank].sum()  # among my usable rows
+    row = torch.searchsorted(usable.cumsum(0), target + 1).clamp_max(max(0, z.shape[0] - 1))
     found = (target >= 0) & (target < sizes[rank])
     drawn = F.pad(z, (0, 0, 0, int(z.shape[0] == 0)))[row]
     return sum_over(torch.where(found[:, None], drawn, 0), sync), total > 0
@@ -184,8 +161,7 @@ MOVED = (
     "Activation checkpointing runs this layer again in the backward pass, but its codes "
     "have moved since: gradients would be wrong. Leave the quantizer out of the "
     "checkpointed part: checkpoint what comes before it, and what comes after it. (A "
-    "frozen layer may stay; so may a learnable one, in a compiled graph if it has no "
-    "revival.)"
+    "frozen layer may stay, and a learnable one without revival.)"
 )
 
 
@@ -205,11 +181,7 @@ def separate(
     once: bool = False,  # refuse to do it again in a backward pass
 ) -> Tensor:  # a copy
     "A copy of `x`, in a compiled graph too, where a clone may be left out, or made after `x` has changed."
-    return (
-        _separate(x, once)
-        if torch.compiler.is_compiling() and not exporting()
-        else x.clone()
-    )
+    return _separate(x, once) if torch.compiler.is_compiling() and not exporting() else x.clone()
 
 # %% ../nbs/07_quantizer.ipynb #3c0e13e5
 NEVER = 2**40  # training batches ago
@@ -227,10 +199,7 @@ def is_whole(x) -> bool:
 
 def outside_graphs(function: Callable) -> Callable:
     "Let a compiled graph break here. Where `fullgraph=True` forbids it, PyTorch 2.7 and newer say why."
-    why = (
-        'init="kmeans" needs one batch outside the graph: call kmeans_init(z) first, '
-        "or leave out fullgraph."
-    )
+    why = 'init="kmeans" needs one batch outside the graph: call kmeans_init(z) first, or leave out fullgraph.'
     can_say = "reason" in inspect.signature(torch.compiler.disable).parameters
     return torch.compiler.disable(function, **({"reason": why} if can_say else {}))
 
@@ -253,14 +222,10 @@ class Codebook(nn.Module):
         super().__init__()
         check_distance(distance)
         if dim < 1 or codebook_size < 1:
-            raise ValueError(
-                f"dim = {dim} and codebook_size = {codebook_size} must be at least 1."
-            )
+            raise ValueError(f"dim = {dim} and codebook_size = {codebook_size} must be at least 1.")
         if not 0 <= decay < 1:
             raise ValueError(f"decay = {decay} must lie in [0, 1); the paper uses 0.8.")
-        if revive_after is not None and not (
-            is_whole(revive_after) and revive_after >= 1
-        ):
+        if revive_after is not None and not (is_whole(revive_after) and revive_after >= 1):
             raise ValueError(
                 f"revive_after = {revive_after} must be a whole number of batches, at least 1, or None: never."
             )
@@ -268,12 +233,7 @@ class Codebook(nn.Module):
             raise ValueError(
                 'init="kmeans" needs training batches, and frozen=True learns from none. Set frozen afterwards.'
             )
-        self.dim, self.codebook_size, self.distance, self.learnable = (
-            dim,
-            codebook_size,
-            distance,
-            learnable,
-        )
+        self.dim, self.codebook_size, self.distance, self.learnable = dim, codebook_size, distance, learnable
         self.decay, self.init, self.revive_after, self.frozen, self.sync = (
             decay,
             init,
@@ -288,19 +248,14 @@ class Codebook(nn.Module):
         else:
             self.register_buffer("codebook", codes)
             self.register_buffer("sums", codes.to(exact_dtype(codes), copy=True))
-        self.register_buffer(
-            "counts", torch.ones(codebook_size, dtype=exact_dtype(codes))
-        )
+        self.register_buffer("counts", torch.ones(codebook_size, dtype=exact_dtype(codes)))
         # training batches since a code was chosen; since it was chosen or placed
         self.register_buffer("idle", torch.full((codebook_size,), NEVER))
         self.register_buffer("waited", torch.zeros(codebook_size, dtype=torch.int64))
         self.register_buffer("batches", torch.tensor(0))  # learned from
         # a number and no bool, so that averages of weights can be taken
         self.register_buffer("ready", torch.tensor(int(init != "kmeans")))
-        self._ready, self._begun = (
-            init != "kmeans",
-            False,
-        )  # known without asking the device
+        self._ready, self._begun = init != "kmeans", False  # known without asking the device
 
     def usage(self, within: int = 1) -> Tensor:
         "Share of codes chosen in the last `within` training batches."
@@ -313,38 +268,27 @@ class Codebook(nn.Module):
     def _codes(self) -> Tensor:
         "The codes to look up: of length 1 for the cosine, with a gradient where an optimizer moves them."
         codes = self.codebook
-        if hasattr(
-            codes, "full_tensor"
-        ):  # a parameter that FSDP2 has divided among the processes
+        if hasattr(codes, "full_tensor"):  # a parameter that FSDP2 has divided among the processes
             codes = codes.full_tensor()
         codes = codes.to(exact_dtype(codes))
         if not self.learnable:
             return codes
         codes = codes.detach() if self.frozen else codes
+        if self.revive_after is not None:  # written to again, perhaps before backward()
+            codes = codes.clone()
         return unit(codes) if self.distance == "cosine" else codes
 
     @torch.no_grad()
     def _learn(self, flat: Tensor, indices: Tensor) -> None:
         "Running averages from the joint batch. No step waits for the device."
-        vectors = (
-            flat[:, :0] if self.learnable else flat
-        )  # an optimizer needs no sums, only the counts
+        vectors = flat[:, :0] if self.learnable else flat  # an optimizer needs no sums, only the counts
         batch = sum_over(code_sums(vectors, indices, self.codebook_size), self.sync)
         n = batch[:, -1]
         good = is_good(batch)
         if self.learnable:
-            self.counts.lerp_(
-                torch.where(good, n.to(self.counts.dtype), self.counts), 1 - self.decay
-            )
+            self.counts.lerp_(torch.where(good, n.to(self.counts.dtype), self.counts), 1 - self.decay)
         else:
-            ema_update(
-                self.codebook,
-                self.counts,
-                self.sums,
-                batch,
-                self.decay,
-                distance=self.distance,
-            )
+            ema_update(self.codebook, self.counts, self.sums, batch, self.decay, distance=self.distance)
         for timer in (self.idle, self.waited):
             timer.copy_(torch.where(good, torch.where(n > 0, 0, timer + 1), timer))
         self.batches.add_(good)
@@ -355,9 +299,7 @@ class Codebook(nn.Module):
         real = torch.ones_like(flat[:, 0], dtype=torch.bool) if real is None else real
         usable = _usable(flat, real)
         spoilt = sum_over((real & ~usable).sum(), self.sync) > 0
-        rows, some = draw_rows(
-            flat, usable, self.codebook_size, self.batches, self.sync
-        )
+        rows, some = draw_rows(flat, usable, self.codebook_size, self.batches, self.sync)
         dead = (self.waited >= self.revive_after) & some & ~spoilt
         self._set(dead, codebook=rows, sums=rows, counts=1, waited=0)
 
@@ -367,14 +309,8 @@ class Codebook(nn.Module):
             old = getattr(self, name, None)
             if old is not None:  # a learnable codebook has no sums
                 choice = where if where is None or old.ndim == 1 else where[:, None]
-                new = (
-                    torch.as_tensor(new)
-                    if where is None
-                    else torch.where(choice, new, old)
-                )
-                if hasattr(
-                    old, "full_tensor"
-                ):  # see `_codes`; builds without torch.distributed lack the import
+                new = torch.as_tensor(new) if where is None else torch.where(choice, new, old)
+                if hasattr(old, "full_tensor"):  # see `_codes`; builds without torch.distributed lack the import
                     from torch.distributed.tensor import distribute_tensor
 
                     new = distribute_tensor(new, old.device_mesh, old.placements)
@@ -410,9 +346,7 @@ class Codebook(nn.Module):
         if not self._ready:
             self._place(flat[_usable(flat, real)])
 
-    def _place(
-        self, rows: Tensor, steps: int = 10, generator: torch.Generator | None = None
-    ) -> bool:
+    def _place(self, rows: Tensor, steps: int = 10, generator: torch.Generator | None = None) -> bool:
         "k-means on the rows of all processes; False when there are none, and the codes stay."
         rows = join_rows(rows, self.sync)
         if not len(rows):
@@ -434,7 +368,7 @@ class Codebook(nn.Module):
         "Whether activation checkpointing runs a step again; raises if codes have moved since."
         if torch.compiler.is_compiling() or not in_backward():
             return False
-        if not self.learnable:
+        if not self.learnable or self.revive_after is not None:
             raise RuntimeError(MOVED)
         return True
 
@@ -453,11 +387,7 @@ class Codebook(nn.Module):
 
         def keep(state):
             new = fn(state)
-            narrow = (
-                id(state) in exact
-                and new.is_floating_point()
-                and new.dtype.itemsize < 4
-            )
+            narrow = id(state) in exact and new.is_floating_point() and new.dtype.itemsize < 4
             return state.to(new.device) if narrow else new
 
         return super()._apply(keep, recurse)
@@ -493,10 +423,7 @@ class _SquaredDistance(torch.autograd.Function):
     @staticmethod
     def forward(z, q):
         rows = max(1, 2**18 // z.shape[1])
-        return sum(
-            F.mse_loss(a, b, reduction="sum")
-            for a, b in zip(z.split(rows), q.split(rows))
-        )
+        return sum(F.mse_loss(a, b, reduction="sum") for a, b in zip(z.split(rows), q.split(rows)))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -530,10 +457,7 @@ class Diagnosis(NamedTuple):
     lam: Tensor  # `(N,)` ‖q‖ / ‖z‖, NaN where one of them is zero
 
 # %% ../nbs/07_quantizer.ipynb #f431134e
-LOOK_AT, USUAL = 10, (
-    0.1,
-    10.0,
-)  # the training batch at which λ is looked at, and its usual range
+LOOK_AT, USUAL = 10, (0.1, 10.0)  # the training batch at which λ is looked at, and its usual range
 
 
 class VectorQuantizer(Codebook):
@@ -544,53 +468,31 @@ class VectorQuantizer(Codebook):
         dim: int,  # d, channels of the input
         codebook_size: int,  # K
         *,
-        estimator: (
-            str | Estimator
-        ) = "rotation",  # "ste", "rotation", "reflection" or any `(z, q) -> q`
+        estimator: str | Estimator = "rotation",  # "ste", "rotation", "reflection" or any `(z, q) -> q`
         distance: str = "euclidean",  # or "cosine"
         learnable: bool = False,  # the codebook is a parameter, trained by the codebook loss
         decay: float = 0.8,  # of the running averages, in [0, 1): codes (unless learnable) and counts
         commitment: float = 1.0,  # β ≥ 0
         init: str = "uniform",  # start of the codebook: "uniform", "normal" or "kmeans"
-        revive_after: (
-            int | None
-        ) = None,  # training batches without being chosen; `None`: never
+        revive_after: int | None = None,  # training batches without being chosen; `None`: never
         frozen: bool = False,  # the codebook stays as it is; an attribute, to be changed at any time
-        channel_first: (
-            bool | None
-        ) = None,  # input is `(B, d, ...)`; `None`: decide by shape, never guess
-        sync: bool = True,  # learn from the batches of all processes; see Several processes
+        channel_first: bool | None = None,  # input is `(B, d, ...)`; `None`: decide by shape, never guess
+        sync: bool = True,  # learn from all processes' batches; if not, DDP needs `broadcast_buffers=False`
     ):
-        super().__init__(
-            dim,
-            codebook_size,
-            distance,
-            learnable,
-            decay,
-            init,
-            revive_after,
-            frozen,
-            sync,
-        )
+        super().__init__(dim, codebook_size, distance, learnable, decay, init, revive_after, frozen, sync)
         if not commitment >= 0:
             raise ValueError(f"commitment = {commitment} must not be negative.")
         if not callable(estimator) and estimator not in ESTIMATORS:
             raise ValueError(
                 f"estimator is {estimator!r}; choose one of {sorted(ESTIMATORS)} or pass a function (z, q) -> q."
             )
-        self.estimator, self.commitment, self.channel_first = (
-            estimator,
-            commitment,
-            channel_first,
-        )
+        self.estimator, self.commitment, self.channel_first = estimator, commitment, channel_first
         self._seen = 0  # training batches, up to `LOOK_AT`
 
     def forward(
         self,
         z: Tensor,  # `(..., d)` or `(B, d, ...)`
-        mask: (
-            Tensor | None
-        ) = None,  # bool, the shape of `z` without its channels; False is padding
+        mask: Tensor | None = None,  # bool, the shape of `z` without its channels; False is padding
     ) -> Quantized:
         "Quantize `z`; in training also move the codebook. Raises `TypeError` or `ValueError` for other inputs."
         rows, channel_first = self._rows(z)
@@ -598,41 +500,26 @@ class VectorQuantizer(Codebook):
         learning = self.training and not self.frozen and not self._recomputed()
         if learning:
             if exporting():
-                raise RuntimeError(
-                    "A layer that learns cannot be exported. Call .eval() on the model first."
-                )
+                raise RuntimeError("A layer that learns cannot be exported. Call .eval() on the model first.")
             self._start(flat.detach(), real)
             if self.revive_after is not None:
                 self._revive(flat.detach(), real)
         codes = self._codes()
-        if (
-            torch.compiler.is_compiling()
-        ):  # a backward pass may look up again, after the codes have moved
-            codes = separate(
-                codes,
-                once=learning and (not self.learnable or self.revive_after is not None),
-            )
+        if torch.compiler.is_compiling():  # a backward pass may look up again, after the codes have moved
+            codes = separate(codes, once=learning and (not self.learnable or self.revive_after is not None))
         indices = nearest_code(flat, codes, distance=self.distance)
         q = codes.index_select(0, indices)
         if real is not None:
-            q, indices = torch.where(real[:, None], q, 0), torch.where(
-                real, indices, -1
-            )
+            q, indices = torch.where(real[:, None], q, 0), torch.where(real, indices, -1)
         loss = self._loss(flat, q, real)
-        estimate = (
-            ESTIMATORS[self.estimator]
-            if isinstance(self.estimator, str)
-            else self.estimator
-        )
+        estimate = ESTIMATORS[self.estimator] if isinstance(self.estimator, str) else self.estimator
         out = estimate(flat, q.detach())
         out = out if real is None else torch.where(real[:, None], out, 0)
         if self.training:
             self._look(flat.detach(), q.detach())
         if learning:
             self._learn(flat.detach(), indices)
-        out = (
-            separate(out) if out.dtype == z.dtype else out.to(z.dtype)
-        )  # a decoder may begin in place
+        out = separate(out) if out.dtype == z.dtype else out.to(z.dtype)  # a decoder may begin in place
         out = out.reshape(rows.shape)
         out = rearrange(out, "b ... d -> b d ...") if channel_first else out
         return Quantized(out, indices.reshape(rows.shape[:-1]), loss)
@@ -648,9 +535,7 @@ class VectorQuantizer(Codebook):
     def decode(self, indices: Tensor) -> Tensor:
         "Codes of integer `indices`: `(..., d)`, or `(B, d, ...)` with `channel_first=True`; 0 for negative ones."
         if indices.is_floating_point() or indices.dtype == torch.bool:
-            raise TypeError(
-                f"indices are {indices.dtype}; they must be integers. Convert with .long()."
-            )
+            raise TypeError(f"indices are {indices.dtype}; they must be integers. Convert with .long().")
         indices = indices.long()
         q = torch.where(indices[..., None] < 0, 0, self._codes()[indices.clamp_min(0)])
         q = q.to(self.codebook.dtype)  # that of the model
@@ -667,12 +552,8 @@ class VectorQuantizer(Codebook):
         "Put the codes where `kmeans` puts them on the finite, unpadded vectors, of all processes together."
         batches = [z] if isinstance(z, Tensor) else list(z)
         if not batches or (mask is not None and len(batches) > 1):
-            found = (
-                f"{len(batches)} batches and {'a' if mask is not None else 'no'} mask"
-            )
-            raise ValueError(
-                f"kmeans_init got {found}: give at least one batch, and a mask to one only."
-            )
+            found = f"{len(batches)} batches and {'a' if mask is not None else 'no'} mask"
+            raise ValueError(f"kmeans_init got {found}: give at least one batch, and a mask to one only.")
         parts = [self._flatten(self._rows(part)[0], mask) for part in batches]
         rows = torch.cat([flat[_usable(flat, real)] for flat, real in parts])
         if not self._place(rows, steps, generator):
@@ -692,29 +573,19 @@ class VectorQuantizer(Codebook):
         indices = nearest_code(flat, self._codes(), distance=self.distance)
         q, counts = self._codes()[indices], code_counts(indices, self.codebook_size)
         a, b, lam = unit(flat), unit(q), q.norm(dim=1) / flat.norm(dim=1)
-        theta = 2 * torch.atan2(
-            (a - b).norm(dim=1), (a + b).norm(dim=1)
-        )  # exact also near 0 and π
+        theta = 2 * torch.atan2((a - b).norm(dim=1), (a + b).norm(dim=1))  # exact also near 0 and π
         defined = (lam > 0) & lam.isfinite()
         theta, lam = (torch.where(defined, x, torch.nan) for x in (theta, lam))
-        return Diagnosis(
-            usage(counts), perplexity(counts), (flat - q).square().mean(), theta, lam
-        )
+        return Diagnosis(usage(counts), perplexity(counts), (flat - q).square().mean(), theta, lam)
 
     def _rows(self, z: Tensor) -> tuple[Tensor, bool]:
         "`z` with its channels last, and whether they were first."
         channel_first = is_channel_first(z, self.dim, self.channel_first)
-        return (
-            rearrange(z, "b d ... -> b ... d") if channel_first else z
-        ), channel_first
+        return (rearrange(z, "b d ... -> b ... d") if channel_first else z), channel_first
 
-    def _flatten(
-        self, rows: Tensor, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def _flatten(self, rows: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         "`(N, d)` vectors in at least float32, 0 for padding, of length 1 for the cosine; and the mask as `(N,)`."
-        flat = rows.reshape(-1, self.dim).to(
-            torch.promote_types(self.codebook.dtype, torch.float32)
-        )
+        flat = rows.reshape(-1, self.dim).to(torch.promote_types(self.codebook.dtype, torch.float32))
         if mask is not None:
             check_mask(mask, rows.shape[:-1])
             mask = mask.to(flat.device).reshape(-1)
@@ -723,32 +594,19 @@ class VectorQuantizer(Codebook):
 
     def _loss(self, flat: Tensor, q: Tensor, real: Tensor | None) -> Tensor:
         "Commitment loss and, when the codebook is learnable, codebook loss; means over real entries."
-        count = (
-            max(1, flat.numel())
-            if real is None
-            else (real.sum() * self.dim).clamp_min(1)
-        )
+        count = max(1, flat.numel()) if real is None else (real.sum() * self.dim).clamp_min(1)
         loss = self.commitment * squared_distance(flat, q.detach()) / count
         if self.learnable and not self.frozen:
-            target = torch.where(
-                flat.isfinite(), flat, q
-            ).detach()  # a NaN does not reach the codes
+            target = torch.where(flat.isfinite(), flat, q).detach()  # a NaN does not reach the codes
             loss = loss + F.mse_loss(q, target, reduction="sum") / count
         return loss
 
     def _look(self, flat: Tensor, q: Tensor) -> None:
         "Once, at batch `LOOK_AT`: warn when the median λ is far from 1."
-        if (
-            torch.compiler.is_compiling()
-            or self._seen == LOOK_AT
-            or flat.device.type == "meta"
-        ):
+        if torch.compiler.is_compiling() or self._seen == LOOK_AT or flat.device.type == "meta":
             return
         self._seen += 1
-        if self._seen < LOOK_AT or self.estimator_name not in (
-            "rotation",
-            "reflection",
-        ):
+        if self._seen < LOOK_AT or self.estimator_name not in ("rotation", "reflection"):
             return
         lam = (q.norm(dim=1) / flat.norm(dim=1)).nanmedian().item()
         if math.isfinite(lam) and not USUAL[0] <= lam <= USUAL[1]:
@@ -770,72 +628,36 @@ class VectorQuantizer(Codebook):
 
     def extra_repr(self) -> str:
         said = f"{self.dim}, {self.codebook_size}, estimator={self.estimator_name}"
-        usual = dict(
-            distance="euclidean",
-            learnable=False,
-            decay=0.8,
-            commitment=1.0,
-            init="uniform",
-        )
+        usual = dict(distance="euclidean", learnable=False, decay=0.8, commitment=1.0, init="uniform")
         usual |= dict(revive_after=None, frozen=False, channel_first=None, sync=True)
-        return said + "".join(
-            f", {k}={getattr(self, k)}"
-            for k, v in usual.items()
-            if getattr(self, k) != v
-        )
+        return said + "".join(f", {k}={getattr(self, k)}" for k, v in usual.items() if getattr(self, k) != v)
 
 # %% ../nbs/07_quantizer.ipynb #e3928a3c
 def convert_state_dict(
     state: Mapping[str, Tensor],  # of a `VectorQuantize`, or of a model that holds one
     prefix: str = "",  # of the layer's names in it, such as "vq."
     learnable: bool = False,  # for a layer with `learnable=True`
-) -> dict[
-    str, Tensor
-]:  # for `load_state_dict` of a `VectorQuantizer`, or of the same model with one
+) -> dict[str, Tensor]:  # for `load_state_dict` of a `VectorQuantizer`, or of the same model with one
     """Names and shapes of a `VectorQuantize` state as `VectorQuantizer` has them; all other entries as they are.
 
-    The layer must have the same distance. Raises `ValueError` for several codebooks and for projections.
-    """
-    theirs = {
-        name[len(prefix) :]: value
-        for name, value in state.items()
-        if name.startswith(prefix)
-    }
-    known = {
-        "codebook": "embed",
-        "sums": "embed_avg",
-        "counts": "cluster_size",
-        "ready": "initted",
-    }
+    The layer must have the same distance. Raises `ValueError` for several codebooks and for projections."""
+    theirs = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
+    known = {"codebook": "embed", "sums": "embed_avg", "counts": "cluster_size", "ready": "initted"}
     held = {ours: theirs.pop(f"_codebook.{name}", None) for ours, name in known.items()}
-    missing = [
-        f"{prefix}_codebook.{known[name]}"
-        for name, value in held.items()
-        if value is None
-    ]
+    missing = [f"{prefix}_codebook.{known[name]}" for name, value in held.items() if value is None]
     if missing:
         raise ValueError(
             f"The state has no {missing}. Set prefix to what comes before '_codebook' in {[name for name in state if '_codebook' in name]}."
         )
     if len(held["codebook"]) != 1:
-        raise ValueError(
-            f"The state has {len(held['codebook'])} codebooks; make a VectorQuantizer for each."
-        )
+        raise ValueError(f"The state has {len(held['codebook'])} codebooks; make a VectorQuantizer for each.")
     if prefix and theirs or not prefix and set(theirs) - {"zero"}:
-        raise ValueError(
-            f"VectorQuantizer has nothing for {sorted(theirs)}; keep these as layers of your own."
-        )
-    held |= {
-        name: held[name][0].detach().clone() for name in ("codebook", "sums", "counts")
-    }
+        raise ValueError(f"VectorQuantizer has nothing for {sorted(theirs)}; keep these as layers of your own.")
+    held |= {name: held[name][0].detach().clone() for name in ("codebook", "sums", "counts")}
     held["idle"] = torch.full_like(held["counts"], NEVER, dtype=torch.int64)
     held["waited"] = torch.zeros_like(held["idle"])
     held["batches"] = torch.tensor(0)
     if learnable:
         del held["sums"]
-    others = (
-        {name: value for name, value in state.items() if not name.startswith(prefix)}
-        if prefix
-        else {}
-    )
+    others = {name: value for name, value in state.items() if not name.startswith(prefix)} if prefix else {}
     return others | {prefix + name: value for name, value in held.items()}

@@ -43,23 +43,11 @@ def dot(u: Tensor, v: Tensor) -> Tensor:
 def inverse_norm(v: Tensor, dtype: torch.dtype) -> Tensor:
     "`1 / ‖v‖` in `dtype`, 0 for `v = 0`: of three sums of squares the one that neither overflows nor vanishes."
     big = 2.0**90 if v.dtype == torch.float32 else 2.0**700
-    square, of_larger, of_smaller = (
-        dot(v, v),
-        dot(v * big, v * big),
-        dot(v / big, v / big),
-    )
+    square, of_larger, of_smaller = dot(v, v), dot(v * big, v * big), dot(v / big, v / big)
     long, short = square > big, square < 1 / big
-    inverse = (
-        torch.where(long, of_smaller, torch.where(short, of_larger, square))
-        .to(dtype)
-        .rsqrt()
-    )
-    inverse = torch.where(
-        long, inverse / big, torch.where(short, inverse * big, inverse)
-    )
-    return torch.where(
-        inverse == 0, torch.nan, torch.where(inverse.isinf(), 0, inverse)
-    )
+    inverse = torch.where(long, of_smaller, torch.where(short, of_larger, square)).to(dtype).rsqrt()
+    inverse = torch.where(long, inverse / big, torch.where(short, inverse * big, inverse))
+    return torch.where(inverse == 0, torch.nan, torch.where(inverse.isinf(), 0, inverse))
 
 
 def dtypes(g: Tensor) -> tuple[torch.dtype, torch.dtype]:
@@ -82,20 +70,14 @@ def carry_back(
     r, p = (zh + qh).to(wide), (zh - qh).to(wide)
     small = g.to(wide) * 2**-10  # room for the sums
     rr, rp, rg, pg = dot(r, r), dot(r, p), dot(r, small), dot(p, small)
-    tilt = torch.where(
-        rr < 1, rp / (4 - rr), 0
-    )  # rounding of iz and iq tilts r towards p: undo it
+    tilt = torch.where(rr < 1, rp / (4 - rr), 0)  # rounding of iz and iq tilts r towards p: undo it
     flip = -2 * (rg - tilt * pg) / (rr - tilt * rp)
-    flip, tilt = torch.where(rr > (4 * torch.finfo(wide).eps) ** 2, flip, 0).to(
-        fine
-    ), tilt.to(fine)
+    flip, tilt = torch.where(rr > (4 * torch.finfo(wide).eps) ** 2, flip, 0).to(fine), tilt.to(fine)
     for_z, for_q = flip * (1 - tilt), flip * (1 + tilt)
     if sign > 0:
         for_z = for_z + (rg - pg)
     defined = (iz != 0) & (iq != 0)
-    scale = (
-        torch.where(defined, iz / iq, 1) if gamma is None else gamma.to(fine)[..., None]
-    )
+    scale = torch.where(defined, iz / iq, 1) if gamma is None else gamma.to(fine)[..., None]
     for_z, for_q = (torch.where(defined, k, 0) for k in (for_z, for_q))
     turned = small.to(fine) + for_z * zh + for_q * qh
     return (turned * 2**10 * scale.clamp(max=torch.finfo(fine).max)).to(g.dtype)
@@ -187,18 +169,12 @@ class RowWise(torch.autograd.Function):
         def lead(x, dim):
             if not isinstance(x, Tensor):
                 return x
-            return (
-                x.expand(info.batch_size, *x.shape)
-                if dim is None
-                else x.movedim(dim, 0)
-            )
+            return x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
 
         return cls.apply(*map(lead, args, in_dims)), 0
 
 
-def carry_rows(
-    g: Tensor, z: Tensor, q: Tensor, gamma: Tensor | None, sign: int
-) -> Tensor:
+def carry_rows(g: Tensor, z: Tensor, q: Tensor, gamma: Tensor | None, sign: int) -> Tensor:
     "`carry_back` by the way that is fastest here."
     plain = type(g) is Tensor and not torch._C._functorch.is_legacy_batchedtensor(
         g
@@ -224,9 +200,7 @@ class CarryBack(RowWise):
     def backward(ctx, h):
         z, q, gamma = ctx.saved_tensors
         return (
-            CarryBack.apply(
-                h, q, z, norm_ratio(q, z) if gamma is None else gamma, ctx.sign
-            ),
+            CarryBack.apply(h, q, z, norm_ratio(q, z) if gamma is None else gamma, ctx.sign),
             None,
             None,
             None,
@@ -276,18 +250,12 @@ class DualMap(ConstantMap):
     "The same with a derivative in forward mode, which `torch.compile` does not take."
 
     @staticmethod
-    def jvp(
-        ctx, z_dot, *_
-    ):  # γ M ż: the transpose of the map from ẑ to q̂ is the one from q̂ to ẑ
+    def jvp(ctx, z_dot, *_):  # γ M ż: the transpose of the map from ẑ to q̂ is the one from q̂ to ẑ
         z, q, gamma = ctx.saved_tensors
-        return CarryBack.apply(
-            z_dot, q, z, norm_ratio(q, z) if gamma is None else gamma, ctx.sign
-        )
+        return CarryBack.apply(z_dot, q, z, norm_ratio(q, z) if gamma is None else gamma, ctx.sign)
 
 
-def constant_map(
-    z: Tensor, q: Tensor, gamma: float | Tensor | None, sign: int
-) -> Tensor:
+def constant_map(z: Tensor, q: Tensor, gamma: float | Tensor | None, sign: int) -> Tensor:
     "`ConstantMap` for a checked pair."
     function = ConstantMap if torch.compiler.is_compiling() else DualMap
     z, q = check_pair(z, q)
@@ -297,14 +265,13 @@ def constant_map(
 def rotation_trick(
     z: Tensor,  # encoder outputs, `(..., d)`
     q: Tensor,  # their codes, same shape
-    gamma: (
-        float | Tensor | None
-    ) = None,  # scale of the gradient, broadcast to `(...)`; `None` is λ = ‖q‖ / ‖z‖
+    gamma: float
+    | Tensor
+    | None = None,  # scale of the gradient, broadcast to `(...)`; `None` is λ = ‖q‖ / ‖z‖
 ) -> Tensor:  # value `q`, bit for bit
     """The rotation trick (Fifty et al. 2025, §4): value `q`, gradient `γ Rᵀ g` to `z`, none to `q`.
 
-    The value shares the memory of `q`, as a view does: clone it before changing it in place.
-    """
+    The value shares the memory of `q`, as a view does: clone it before changing it in place."""
     return constant_map(z, q, gamma, 1)
 
 
@@ -312,9 +279,7 @@ def expand_gamma(gamma: float | Tensor | None, z: Tensor) -> Tensor | None:
     "`gamma` as a tensor of shape `z.shape[:-1]`, or `None`."
     if gamma is None:
         return None
-    gamma = torch.as_tensor(
-        gamma, dtype=torch.promote_types(z.dtype, torch.float32), device=z.device
-    )
+    gamma = torch.as_tensor(gamma, dtype=torch.promote_types(z.dtype, torch.float32), device=z.device)
     try:
         return gamma.expand(z.shape[:-1])
     except RuntimeError:

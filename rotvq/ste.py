@@ -13,21 +13,18 @@ from torch import Tensor
 def check_pair(z: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     """`z`, and `q` as a constant, both in the dtype that `z + (q - z)` has.
 
-    Raises unless they are floating-point tensors of one shape `(..., d)` with d ≥ 1, on one device.
-    """
+    Raises unless they are floating-point tensors of one shape `(..., d)` with d ≥ 1, on one device."""
     if z.shape != q.shape or z.ndim == 0 or z.shape[-1] == 0:
         raise ValueError(
             f"z has shape {tuple(z.shape)} and q {tuple(q.shape)}: both must have one shape (..., d) with d ≥ 1. "
             "Take q = codebook[indices]."
         )
     if not (z.is_floating_point() and q.is_floating_point()):
-        raise TypeError(
-            f"z is {z.dtype} and q {q.dtype}: both must be floating point. Convert with .float()."
-        )
+        raise TypeError(f"z is {z.dtype} and q {q.dtype}: both must be floating point. Convert with .float().")
     if z.device != q.device:
-        raise ValueError(
-            f"z is on {z.device} and q on {q.device}. Move one with .to(device)."
-        )
+        raise ValueError(f"z is on {z.device} and q on {q.device}. Move one with .to(device).")
+    if z.dtype == q.dtype:
+        return z, q.detach()
     dtype = torch.promote_types(z.dtype, q.dtype)
     return z.to(dtype), q.detach().to(dtype)
 
@@ -62,11 +59,8 @@ def straight_through(
 ) -> Tensor:  # value `q`, bit for bit
     """The straight-through estimator (Bengio et al. 2013): value `q`, gradient `g` to `z`, none to `q`.
 
-    The value shares the memory of `q`, as a view does: clone it before changing it in place.
-    """
-    function = (
-        _StraightThrough if torch.compiler.is_compiling() else _StraightThroughDual
-    )
+    The value shares the memory of `q`, as a view does: clone it before changing it in place."""
+    function = _StraightThrough if torch.compiler.is_compiling() else _StraightThroughDual
     return function.apply(*check_pair(z, q))
 
 # %% ../nbs/02_ste.ipynb #540271a8
@@ -84,11 +78,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        return (
-            torch.einsum("...ij,...i->...j", ctx.saved_tensors[0].detach(), g),
-            None,
-            None,
-        )
+        return torch.einsum("...ij,...i->...j", ctx.saved_tensors[0].detach(), g), None, None
 
 
 class _LinearDual(_Linear):
@@ -106,8 +96,6 @@ def linear_estimator(
     z, q = check_pair(z, q)
     d = z.shape[-1]
     if G.shape[-2:] != (d, d):
-        raise ValueError(
-            f"G has shape {tuple(G.shape)}; for d = {d} it must end in ({d}, {d})."
-        )
+        raise ValueError(f"G has shape {tuple(G.shape)}; for d = {d} it must end in ({d}, {d}).")
     function = _Linear if torch.compiler.is_compiling() else _LinearDual
     return function.apply(z, q, G.expand(*z.shape, d))

@@ -219,25 +219,16 @@ def held_state(out: Path) -> dict:
     "The state of the run in `out`; raises if there is none, or none that can be read."
     file = Path(out) / "state.pt"
     if not file.exists():
-        raise ValueError(
-            f"{out} holds no run to resume (no state.pt). Start it without --resume."
-        )
+        raise ValueError(f"{out} holds no run to resume (no state.pt). Start it without --resume.")
     try:
-        with zipfile.ZipFile(
-            file
-        ) as archive:  # which is what torch.save writes, with checksums nobody looks at
+        with zipfile.ZipFile(file) as archive:  # which is what torch.save writes, with checksums nobody looks at
             if spoilt := archive.testzip():
                 raise ValueError(f"wrong checksum of {spoilt}")
         state = torch.load(file, map_location="cpu", weights_only=True)
-        return state | {
-            "config": json.loads(state["config"]),
-            "rows": json.loads(state["rows"]),
-        }
+        return state | {"config": json.loads(state["config"]), "rows": json.loads(state["rows"])}
     except Exception as error:  # a damaged file fails in many ways
         said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        raise ValueError(
-            f"{file} cannot be read ({said}). Start another run."
-        ) from error
+        raise ValueError(f"{file} cannot be read ({said}). Start another run.") from error
 
 # %% ../nbs/11_training.ipynb #ae3064ba
 class Run:
@@ -253,37 +244,18 @@ class Run:
 
     def save(self, learners: dict[str, Learner], epoch: int) -> None:
         "Write models, metrics and, last, the state to resume from."
-        public = {
-            k: v for k, v in self.config.items() if k != "root"
-        }  # a path of this machine, for resuming only
-        about = {
-            "run": public,
-            "machine": machine(next(iter(learners.values())).device),
-        }
+        public = {k: v for k, v in self.config.items() if k != "root"}  # a path of this machine, for resuming only
+        about = {"run": public, "machine": machine(next(iter(learners.values())).device)}
         for name, learner in learners.items():
             learner.model.save_pretrained(self.folder(name), **about)
             mine = [row for row in self.rows if row["estimator"] == name]
-            write_whole(
-                self.folder(name) / "metrics.jsonl",
-                "".join(json.dumps(row) + "\n" for row in mine),
-            )
+            write_whole(self.folder(name) / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in mine))
         if len(self.estimators) > 1:
             write_whole(self.out / "config.json", json.dumps(about, indent=1) + "\n")
-            write_whole(
-                self.out / "metrics.jsonl",
-                "".join(json.dumps(row) + "\n" for row in self.rows),
-            )
-        state = {
-            "epoch": epoch,
-            "config": json.dumps(self.config),
-            "rows": json.dumps(self.rows),
-        }
+            write_whole(self.out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
+        state = {"epoch": epoch, "config": json.dumps(self.config), "rows": json.dumps(self.rows)}
         state["learners"] = {
-            name: (
-                learner.model.state_dict(),
-                learner.opt.state_dict(),
-                learner.watch.read(),
-            )
+            name: (learner.model.state_dict(), learner.opt.state_dict(), learner.watch.read())
             for name, learner in learners.items()
         }
         with replacing(self.out / "state.pt") as partial_file:
@@ -293,11 +265,7 @@ class Run:
         "Restore the state; returns the number of finished epochs. Raises if the run had other settings."
         state = held_state(self.out)
         held = state["config"]
-        differs = {
-            k: (held.get(k), v)
-            for k, v in self.config.items()
-            if k != "root" and held.get(k) != v
-        }
+        differs = {k: (held.get(k), v) for k, v in self.config.items() if k != "root" and held.get(k) != v}
         if differs:
             raise ValueError(
                 f"{self.out} was run with other settings (there, here): {differs}. Use those, or another folder."
@@ -385,9 +353,7 @@ def alone_in(folder: Path):
     try:
         lock.acquire()
     except Timeout:
-        raise ValueError(
-            f"Another process is training in {folder}. Wait for it, or choose another folder."
-        ) from None
+        raise ValueError(f"Another process is training in {folder}. Wait for it, or choose another folder.") from None
     try:
         yield
     finally:
@@ -401,9 +367,7 @@ def check_folder(folder: Path, resume: bool) -> None:
     if resume:
         held_state(folder)
     elif (folder / "state.pt").exists():
-        raise ValueError(
-            f"{folder} holds a run. Continue it with --resume (resume=True), or choose another folder."
-        )
+        raise ValueError(f"{folder} holds a run. Continue it with --resume (resume=True), or choose another folder.")
 
 
 def train(
@@ -417,63 +381,33 @@ def train(
     quiet: bool = False,  # no bars and no lines
 ) -> Run:
     "Train one model per estimator on the same batches from the same initial weights, and write the run folder."
-    preset, device, out = (
-        find_preset(preset),
-        torch.device(device or best_device()),
-        Path(out),
-    )
+    preset, device, out = find_preset(preset), torch.device(device or best_device()), Path(out)
     estimators = (estimators,) if isinstance(estimators, str) else tuple(estimators)
     if not estimators or len(set(estimators)) < len(estimators):
         raise ValueError(f"estimators is {estimators}; name one or several, each once.")
     check_folder(out, resume)
     source = data if isinstance(data, Source) else imagenet10(data)
     train_set, val_set = (
-        ImageNet10(split, preset.size, source, preset.limit).images.to(device)
-        for split in ("train", "val")
+        ImageNet10(split, preset.size, source, preset.limit).images.to(device) for split in ("train", "val")
     )
     out.mkdir(parents=True, exist_ok=True)
     with alone_in(out):
-        check_folder(
-            out, resume
-        )  # another process may have trained here while the pictures were decoded
-        config = {
-            "preset": dataclasses.asdict(preset),
-            "estimators": list(estimators),
-            "seed": seed,
-        }
+        check_folder(out, resume)  # another process may have trained here while the pictures were decoded
+        config = {"preset": dataclasses.asdict(preset), "estimators": list(estimators), "seed": seed}
         root = "sample" if source == SAMPLE else str(source.root.resolve())
-        run = Run(
-            out,
-            config | {"data": source.name, "root": root, "pictures": len(train_set)},
-        )
+        run = Run(out, config | {"data": source.name, "root": root, "pictures": len(train_set)})
         learners = {name: Learner(preset, name, seed, device) for name in estimators}
         start = run.load(learners) if resume else 0
         if not resume and preset.init == "kmeans":
             for learner in learners.values():
-                learner.place_codes(
-                    next(batches(train_set, preset.batch, seed, 0, device))
-                )
+                learner.place_codes(next(batches(train_set, preset.batch, seed, 0, device)))
         for epoch in range(start, preset.epochs):
             means = run_epoch(preset, learners, train_set, seed, epoch, quiet)
             for name, learner in learners.items():
-                row = {
-                    "epoch": epoch + 1,
-                    "estimator": name,
-                    "seed": seed,
-                    "data": source.name,
-                }
-                row |= (
-                    evaluate(learner.model, val_set)
-                    | means[name]
-                    | {"seconds": round(learner.watch.read(), 1)}
-                )
-                if not (
-                    math.isfinite(row["mse"])
-                    and math.isfinite(row["quantization_error"])
-                ):
-                    raise diverged(
-                        name, row["mse"], f"the validation after epoch {epoch + 1}"
-                    )
+                row = {"epoch": epoch + 1, "estimator": name, "seed": seed, "data": source.name}
+                row |= evaluate(learner.model, val_set) | means[name] | {"seconds": round(learner.watch.read(), 1)}
+                if not (math.isfinite(row["mse"]) and math.isfinite(row["quantization_error"])):
+                    raise diverged(name, row["mse"], f"the validation after epoch {epoch + 1}")
                 run.rows.append(row)
                 if not quiet:
                     print(describe(row), flush=True)
