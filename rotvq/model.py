@@ -122,7 +122,7 @@ def replacing(file: Path):
         yield partial_file
         os.replace(partial_file, file)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have words of their own
-        said = str(error).splitlines()[0]
+        said = (str(error).splitlines() or [type(error).__name__])[0]  # some say nothing
         raise OSError(f"{file} cannot be written ({said}). What it held before is unchanged.") from error
     finally:
         partial_file.unlink(missing_ok=True)

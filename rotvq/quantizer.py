@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Estimator', 'ESTIMATORS', 'NAMES', 'MOVED', 'NEVER', 'LOOK_AT', 'USUAL', 'Quantized', 'initial_codebook',
            'is_channel_first', 'check_mask', 'processes', 'sum_over', 'from_first', 'join_rows', 'scrambled',
-           'draw_rows', 'in_backward', 'separate', 'exact_dtype', 'is_whole', 'outside_graphs', 'Codebook',
+           'draw_rows', 'in_backward', 'first_time', 'separate', 'is_whole', 'outside_graphs', 'Codebook',
            'squared_distance', 'Diagnosis', 'VectorQuantizer', 'convert_state_dict']
 
 # %% ../nbs/07_quantizer.ipynb #d2c7178b
@@ -13,6 +13,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -21,8 +22,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .codebook import check_distance, code_counts, code_sums, ema_update, exporting, is_good, kmeans
-from .codebook import nearest_code, perplexity, usage
+from .codebook import check_distance, code_counts, code_sums, ema_update
+from .codebook import exact_dtype, exporting, is_good, kmeans, nearest_code
+from .codebook import perplexity, usage
 from .householder import unit
 from .reflection import reflection_trick
 from .rotation import rotation_trick
@@ -120,13 +122,19 @@ def join_rows(x: Tensor, sync: bool) -> Tensor:
     return torch.cat([part[:size] for part, size in zip(parts, sizes)])
 
 # %% ../nbs/07_quantizer.ipynb #0d03e582
+@torch.library.custom_op("rotvq::scrambled", mutates_args=())
 def scrambled(x: Tensor) -> Tensor:
-    "Integers in [0, 2³¹ − 1) that look random, a function of the integers `x`, the same on every device."
+    "Integers in [0, 2³¹ − 1) that look random: a function of `x`, alike on every device."
     prime = 2**31 - 1  # products of two smaller numbers fit into int64
-    for factor in (48271, 69621, 39373):
+    for factor in (48271, 69621, 39373, 16807):
         x = x % prime * factor % prime
-        x = x * x % prime
+        x = (x * x + factor) % prime
     return x
+
+
+@scrambled.register_fake  # an operator: inlined, x * x would be computed twice, and its x, ...
+def _(x):
+    return torch.empty_like(x)
 
 
 def draw_rows(
@@ -138,9 +146,10 @@ def draw_rows(
 ) -> tuple[Tensor, Tensor]:  # `(count, d)`; and whether there was any usable row, a scalar
     "Usable rows of the joint batch, spread over it as if by chance; the same in every process."
     rank, all_of = (dist.get_rank(), processes()) if sync and processes() > 1 else (0, 1)
-    fine = 2**16  # steps in which the first row is chosen; with integers nothing is rounded
-    order = scrambled(torch.arange(1, count + 1, device=z.device) + seed * count).argsort(stable=True)
-    place = order * fine + scrambled(-1 - seed) % fine
+    fine = 2**16  # steps in which the first row is chosen: integers are not rounded
+    codes = torch.arange(1, count + 1, device=z.device)
+    order = scrambled(codes + scrambled(seed) * count).argsort(stable=True)
+    place = order * fine + scrambled(scrambled(-1 - seed)) % fine
     mine = torch.zeros(all_of, dtype=torch.int64, device=z.device)
     mine[rank] = usable.sum()
     sizes = sum_over(mine, sync)
@@ -176,6 +185,19 @@ _separate.register_fake(lambda x, once: torch.empty_like(x))
 _separate.register_autograd(lambda ctx, g: (g, None))
 
 
+@torch.library.custom_op("rotvq::first_time", mutates_args=())
+def _first_time(x: Tensor) -> Tensor:
+    return torch.full((), not in_backward(), device=x.device)
+
+
+_first_time.register_fake(lambda x: torch.empty((), dtype=torch.bool, device=x.device))
+
+
+def first_time(x: Tensor) -> Tensor | bool:
+    "Whether a compiled graph is not run again by a backward pass; on the device of `x`."
+    return _first_time(x) if torch.compiler.is_compiling() else True
+
+
 def separate(
     x: Tensor,
     once: bool = False,  # refuse to do it again in a backward pass
@@ -187,14 +209,9 @@ def separate(
 NEVER = 2**40  # training batches ago
 
 
-def exact_dtype(x: Tensor) -> torch.dtype:
-    "The dtype for what is computed from `x` and must not be rounded to half precision."
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def is_whole(x) -> bool:
     "Whether `x` is an integer of any kind, NumPy's included, and no bool."
-    return hasattr(x, "__index__") and not isinstance(x, bool | Tensor)
+    return isinstance(x, Integral) and not isinstance(x, bool)
 
 
 def outside_graphs(function: Callable) -> Callable:
@@ -253,9 +270,13 @@ class Codebook(nn.Module):
         self.register_buffer("idle", torch.full((codebook_size,), NEVER))
         self.register_buffer("waited", torch.zeros(codebook_size, dtype=torch.int64))
         self.register_buffer("batches", torch.tensor(0))  # learned from
+        # another for every codebook, so that the layers of a stack draw different rows
+        salt = codes.detach().float().view(torch.int32).long().sum()
+        self.register_buffer("salt", salt)
         # a number and no bool, so that averages of weights can be taken
         self.register_buffer("ready", torch.tensor(int(init != "kmeans")))
         self._ready, self._begun = init != "kmeans", False  # known without asking the device
+        self._moved = False  # in the latest forward pass
 
     def usage(self, within: int = 1) -> Tensor:
         "Share of codes chosen in the last `within` training batches."
@@ -284,7 +305,7 @@ class Codebook(nn.Module):
         vectors = flat[:, :0] if self.learnable else flat  # an optimizer needs no sums, only the counts
         batch = sum_over(code_sums(vectors, indices, self.codebook_size), self.sync)
         n = batch[:, -1]
-        good = is_good(batch)
+        good = is_good(batch) & first_time(batch)
         if self.learnable:
             self.counts.lerp_(torch.where(good, n.to(self.counts.dtype), self.counts), 1 - self.decay)
         else:
@@ -299,7 +320,8 @@ class Codebook(nn.Module):
         real = torch.ones_like(flat[:, 0], dtype=torch.bool) if real is None else real
         usable = _usable(flat, real)
         spoilt = sum_over((real & ~usable).sum(), self.sync) > 0
-        rows, some = draw_rows(flat, usable, self.codebook_size, self.batches, self.sync)
+        seed = scrambled(self.salt) + self.batches
+        rows, some = draw_rows(flat, usable, self.codebook_size, seed, self.sync)
         dead = (self.waited >= self.revive_after) & some & ~spoilt
         self._set(dead, codebook=rows, sums=rows, counts=1, waited=0)
 
@@ -319,7 +341,7 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def _agree(self) -> None:
         "All processes take over the codes of the first one."
-        for name in ("codebook", "sums", "counts", "idle", "waited", "batches"):
+        for name in ("codebook", "sums", "counts", "idle", "waited", "batches", "salt"):
             if hasattr(self, name):
                 getattr(self, name).copy_(from_first(getattr(self, name)))
 
@@ -365,17 +387,22 @@ class Codebook(nn.Module):
         return True
 
     def _recomputed(self) -> bool:
-        "Whether activation checkpointing runs a step again; raises if codes have moved since."
-        if torch.compiler.is_compiling() or not in_backward():
+        "Whether activation checkpointing runs a step again; raises if its codes have moved."
+        if torch.compiler.is_compiling():  # see `separate`
             return False
-        if not self.learnable or self.revive_after is not None:
+        if not in_backward():
+            moves = not self.learnable or self.revive_after is not None
+            self._moved = self.training and not self.frozen and moves
+            return False
+        if self._moved:  # whatever mode the layer was put into meanwhile
             raise RuntimeError(MOVED)
         return True
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         "As ever. Whether a k-means start is still to be made is part of the state, and the state decides."
-        if prefix + "counts" in state_dict:  # rotvq 0.0.1 did not count its batches
-            state_dict.setdefault(prefix + "batches", torch.tensor(0))
+        if prefix + "counts" in state_dict:  # rotvq 0.0.1 had neither of the two
+            state_dict.setdefault(prefix + "batches", torch.zeros_like(self.batches))
+            state_dict.setdefault(prefix + "salt", self.salt.clone())
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._keep_exact()
         self._ready = self.ready.device.type == "meta" or bool(self.ready)
@@ -497,7 +524,8 @@ class VectorQuantizer(Codebook):
         "Quantize `z`; in training also move the codebook. Raises `TypeError` or `ValueError` for other inputs."
         rows, channel_first = self._rows(z)
         flat, real = self._flatten(rows, mask)
-        learning = self.training and not self.frozen and not self._recomputed()
+        again = self._recomputed()
+        learning = self.training and not self.frozen and not again
         if learning:
             if exporting():
                 raise RuntimeError("A layer that learns cannot be exported. Call .eval() on the model first.")
@@ -585,7 +613,7 @@ class VectorQuantizer(Codebook):
 
     def _flatten(self, rows: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         "`(N, d)` vectors in at least float32, 0 for padding, of length 1 for the cosine; and the mask as `(N,)`."
-        flat = rows.reshape(-1, self.dim).to(torch.promote_types(self.codebook.dtype, torch.float32))
+        flat = rows.reshape(-1, self.dim).to(exact_dtype(self.codebook))
         if mask is not None:
             check_mask(mask, rows.shape[:-1])
             mask = mask.to(flat.device).reshape(-1)
@@ -656,7 +684,6 @@ def convert_state_dict(
     held |= {name: held[name][0].detach().clone() for name in ("codebook", "sums", "counts")}
     held["idle"] = torch.full_like(held["counts"], NEVER, dtype=torch.int64)
     held["waited"] = torch.zeros_like(held["idle"])
-    held["batches"] = torch.tensor(0)
     if learnable:
         del held["sums"]
     others = {name: value for name, value in state.items() if not name.startswith(prefix)} if prefix else {}

@@ -23,6 +23,8 @@ def check_pair(z: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         raise TypeError(f"z is {z.dtype} and q {q.dtype}: both must be floating point. Convert with .float().")
     if z.device != q.device:
         raise ValueError(f"z is on {z.device} and q on {q.device}. Move one with .to(device).")
+    if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        torch._dynamo.graph_break()  # compiled, torch.func would find a gradient of 0
     if z.dtype == q.dtype:
         return z, q.detach()
     dtype = torch.promote_types(z.dtype, q.dtype)

@@ -16,7 +16,7 @@ import platform
 import time
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -356,9 +356,7 @@ def alone_in(folder: Path):
         raise ValueError(f"Another process is training in {folder}. Wait for it, or choose another folder.") from None
     try:
         yield
-    finally:
-        with suppress(OSError):  # Windows deletes no file that is open
-            (folder / ".lock").unlink()
+    finally:  # the file may stay: without it, two others could lock two files of this name
         lock.release()
 
 

@@ -10,6 +10,7 @@ from torch.export import Dim, export, save
 from torch.testing import assert_close
 
 from rotvq import VQVAE, VectorQuantizer
+from rotvq.codebook import TELLS_EXPORTS
 
 
 class Part(nn.Module):
@@ -34,7 +35,7 @@ def pictures(*shape): return torch.rand(*shape, generator=torch.Generator().manu
 
 B, H, W = Dim("B", min=1, max=64), Dim("H", min=1, max=64), Dim("W", min=1, max=64)
 WAYS = {"forward": ((2, 3, 16, 24), {0: B, 2: 4 * H, 3: 4 * W}), "encode": ((2, 3, 16, 24), {0: B, 2: 4 * H, 3: 4 * W}), "decode": ((2, 4, 6), {0: B, 1: H, 2: W})}
-STRICT = [False] + [True] * hasattr(torch.compiler, "is_exporting")        # PyTorch 2.6 cannot tell that a strict export is one
+STRICT = [False] + [True] * TELLS_EXPORTS                                 # before 2.13 PyTorch cannot tell that a strict export is one
 
 
 def example(way, *shape): return torch.randint(300, shape) if way == "decode" else pictures(*shape)

@@ -510,3 +510,29 @@ def test_masked_step_equals_theirs(distance):
         assert_close(a.loss, (a.q - (z if distance == "euclidean" else torch.nn.functional.normalize(z, dim=-1)))[mask].square().mean())
         if distance == "euclidean": assert_close(a.loss, b[2].squeeze())     # theirs forgets to normalize z under a mask
         assert_close(ours.codebook, theirs.codebook, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_of_a_stack_draw_different_rows():
+    "Else a level of a residual stack would revive its codes where the one before has left nothing over."
+    torch.manual_seed(0)
+    levels = [VectorQuantizer(4, 32, revive_after=1) for _ in range(3)]
+    z = torch.randn(500, 4)
+    for level in levels: level.waited.fill_(5), level(z)
+    placed = [level.codebook for level in levels]
+    assert len({level.salt.item() for level in levels}) == 3
+    assert not torch.equal(placed[0], placed[1]) and not torch.equal(placed[1], placed[2])
+
+
+def test_the_rows_drawn_are_balanced_for_small_codebooks():
+    for n, count in ((16, 2), (16, 4), (16, 8), (16, 16)):
+        drawn = torch.stack([draw_rows(torch.arange(float(n))[:, None], torch.ones(n, dtype=torch.bool), count, torch.tensor(seed))[0][:, 0] for seed in range(1000)], 1)
+        for often in drawn.long(): assert (often.bincount(minlength=n) / 1000 - 1 / n).abs().max() < 0.035
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_two_forwards_before_one_backward(options):
+    vq = layer(**OPTIONS[options])
+    z = torch.randn(40, 8, requires_grad=True)
+    a, b = vq(z), vq(2 * z)
+    (a.q.square().sum() + a.loss + b.q.square().sum() + b.loss).backward()
+    assert z.grad.isfinite().all()

@@ -112,11 +112,11 @@ def test_autocast():
 
 
 def test_states_without_the_newer_entries_load():
-    "Version 0.0.1 had `ready` as a bool and did not count batches."
+    "Version 0.0.1 had `ready` as a bool, did not count batches and drew by the random generator."
     for assign in (False, True):
         vq = layer(init="kmeans")
         vq(torch.randn(100, 8))
-        old = {k: v for k, v in vq.state_dict().items() if k != "batches"} | {"ready": torch.tensor(True)}
+        old = {k: v for k, v in vq.state_dict().items() if k not in ("batches", "salt")} | {"ready": torch.tensor(True)}
         again = layer(init="kmeans")
         again.load_state_dict(copy.deepcopy(old), assign=assign)
         assert again._ready and again.ready.dtype == torch.int64 and again.batches == 0
@@ -200,6 +200,24 @@ def test_a_checkpointed_layer_is_right_or_refuses(options, reentrant):
     two_steps(net)
 
 
+def test_a_checkpointed_step_is_refused_whatever_mode_the_layer_is_put_into_before_backward():
+    for change in (lambda net: net.eval(), lambda net: setattr(net.vq, "frozen", True)):
+        net = Checkpointed(True)
+        loss = net(torch.randn(60, 8).requires_grad_())
+        change(net)
+        with pytest.raises(RuntimeError, match="checkpoint what comes before"): loss.backward()
+    x, grads = torch.randn(60, 8), []
+    for inside in (False, True):                                          # here nothing has moved, and nothing may
+        net = Checkpointed(inside).eval()
+        before, leaf = state_of(net.vq), x.clone().requires_grad_()
+        loss = net(leaf)
+        net.train()
+        loss.backward()
+        grads.append(leaf.grad)
+        assert same(before, state_of(net.vq))
+    assert_close(*grads)
+
+
 @pytest.mark.parametrize("options", [name for name in OPTIONS if name != "k-means"])
 def test_a_checkpointed_layer_in_a_compiled_graph_is_right_or_refuses(options):
     torch._dynamo.reset()
@@ -212,6 +230,21 @@ def test_a_checkpointed_layer_in_a_compiled_graph_is_right_or_refuses(options):
         assert_close(state, state_, rtol=1e-4, atol=1e-6)
     else:
         with pytest.raises(RuntimeError, match="checkpoint what comes before"): two_steps(net, torch.compile(net))
+
+
+@pytest.mark.parametrize("options", [name for name in OPTIONS if name != "k-means"])
+def test_a_compiled_layer_in_a_checkpointed_part_is_right_or_refuses(options):
+    "The other way round: the compiled graph itself is run again in the backward pass."
+    torch._dynamo.reset()
+    kw = OPTIONS[options]
+    net = Checkpointed(True, **kw)
+    net.body = torch.compile(net.body, backend="aot_eager_decomp_partition")
+    if kw.get("frozen") or kw.get("learnable") and not kw.get("revive_after"):
+        (grads, state), (expected, state_) = two_steps(net), two_steps(Checkpointed(False, **kw))
+        assert_close(grads, expected, rtol=1e-4, atol=1e-6)
+        assert_close(state, state_, rtol=1e-4, atol=1e-6)                 # counted once
+    else:
+        with pytest.raises(RuntimeError, match="checkpoint what comes before"): two_steps(net)
 
 
 # Transforms
