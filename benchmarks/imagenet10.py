@@ -1,4 +1,4 @@
-"""The experiment of chapter 12: straight-through, rotation and reflection on ImageNet-10, over seeds and codebook starts.
+"""The experiment of chapter 13: straight-through, rotation and reflection on ImageNet-10, over seeds and codebook starts.
 
     python benchmarks/imagenet10.py [--data DIR] [--preset cpu] [--long]
 
@@ -18,8 +18,8 @@ from rotvq.cli import save_rows
 from rotvq.data import SAMPLE, ImageNet10, Source, decode_picture, imagenet10, list_pictures
 from rotvq.model import VQVAE
 from rotvq.plots import save_run_curves
-from rotvq.quantizer import NAMES
-from rotvq.training import PRESETS, best_device, evaluate, machine, to_float, train, write_whole
+from rotvq.quantizer import TITLES
+from rotvq.training import PRESETS, best_device, evaluate, hardware, to_float, train, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 WNIDS = "n01440764 n02102040 n02979186 n03000684 n03028079 n03394916 n03417042 n03425413 n03445777 n03888257".split()
@@ -36,7 +36,7 @@ LONG = {"45 epochs": ({"epochs": 45}, ("ste", "rotation"), (0,))}
 
 def measure(preset, source, runs: Path, results: Path, settings: dict) -> list[dict]:
     "Run every setting that `results` does not hold yet."
-    about = {"preset": dataclasses.asdict(preset), "machine": machine(best_device())}
+    about = {"preset": dataclasses.asdict(preset), "machine": hardware(best_device())}
     held = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {"preset": about["preset"], "rows": []}
     if held["preset"] != about["preset"]: raise SystemExit(f"{results} holds runs of another preset; move it away to begin anew.")
     rows = held["rows"]
@@ -49,7 +49,7 @@ def measure(preset, source, runs: Path, results: Path, settings: dict) -> list[d
             run = train(dataclasses.replace(preset, **changes), estimators, source, out, seed, resume=(out / "state.pt").exists())
             rows += [{"setting": setting, **row} for row in run.rows]
             results.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(results, json.dumps(about | {"pictures": run.config["pictures"], "rows": rows}, indent=1) + "\n")
+            write_atomically(results, json.dumps(about | {"pictures": run.config["pictures"], "rows": rows}, indent=1) + "\n")
     return rows
 
 
@@ -63,7 +63,7 @@ def measure_again(rows: list[dict], preset, source, runs: Path, results: Path) -
             if abs(result["mse"] / row["mse"] - 1) > 1e-3: raise SystemExit(f"{folder} is not the model of its row in {results}.")
             row["relative_error"] = result["relative_error"]
     held = json.loads(results.read_text(encoding="utf-8"))
-    write_whole(results, json.dumps(held | {"rows": rows}, indent=1) + "\n")
+    write_atomically(results, json.dumps(held | {"rows": rows}, indent=1) + "\n")
 
 
 def draw(run: Path, file: Path, size: int = 128) -> None:
@@ -72,7 +72,7 @@ def draw(run: Path, file: Path, size: int = 128) -> None:
     x = to_float(torch.stack([torch.tensor(decode_picture(p, size)) for p in photos]))
     rows = {"original": x}
     with torch.no_grad():
-        for name in ("ste", "rotation"): rows[NAMES[name]] = VQVAE.from_pretrained(run / name)(x).x_hat
+        for name in ("ste", "rotation"): rows[TITLES[name]] = VQVAE.from_pretrained(run / name)(x).x_hat
     save_rows(rows, file)
 
 

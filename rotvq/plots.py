@@ -22,7 +22,7 @@ import torch
 from matplotlib.figure import Figure
 
 from .householder import reflect
-from .quantizer import ESTIMATORS, NAMES
+from .quantizer import ESTIMATORS, TITLES
 
 # %% ../nbs/90_plots.ipynb #06823258
 COLORS = {"ste": "#E69F00", "rotation": "#0072B2", "reflection": "#CC79A7"}
@@ -104,7 +104,7 @@ def gradient_field(
     if target is not None:
         ax.scatter(*np.asarray(target)[:, None], c="black", marker="*", s=80)
     ax.margins(0.12)
-    ax.set(title=NAMES[estimator], aspect="equal", xlabel="$z_1$", ylabel="$z_2$")
+    ax.set(title=TITLES[estimator], aspect="equal", xlabel="$z_1$", ylabel="$z_2$")
     return ax.figure
 
 # %% ../nbs/90_plots.ipynb #a9cd495b
@@ -160,7 +160,7 @@ def steps_of_a_cell(ax, points, after, code, push, estimator: str, title: str = 
     ax.scatter(0, 0, c="black", marker="+", s=30)
     arrows(ax, {"$g$": push}, color="black", start=code)
     ax.set(
-        title=f"{NAMES[estimator]}{', ' if title else ''}{title}",
+        title=f"{TITLES[estimator]}{', ' if title else ''}{title}",
         aspect="equal",
         xlim=(-0.3, 2.3),
         ylim=(-0.75, 1.6),
@@ -228,7 +228,7 @@ def draw_gradients(z1, z2, q1, q2, g1, g2, estimators=tuple(COLORS), origin=(0.0
         point = z.clone().requires_grad_()
         (grad,) = torch.autograd.grad(ESTIMATORS[name](point, q), point, g)
         arrows(ax, {"": grad}, color=COLORS[name], start=z + o)
-        lines.append(f"angle of z and its gradient, {NAMES[name]}: {degrees(z, grad):.0f}°")
+        lines.append(f"angle of z and its gradient, {TITLES[name]}: {degrees(z, grad):.0f}°")
     ax.set_title("\n".join(lines), loc="left")
     return fig
 
@@ -275,7 +275,7 @@ def run_curves(
                     "o-",
                     ms=3.5,
                     color=COLORS.get(estimator, "0.3"),
-                    label=NAMES.get(estimator, estimator) if i == 0 else None,
+                    label=TITLES.get(estimator, estimator) if i == 0 else None,
                 )
         for estimator in dict.fromkeys(row["estimator"] for row in longer):
             line = [row for row in longer if row["estimator"] == estimator]

@@ -59,9 +59,18 @@ def straight_through(
     z: Tensor,  # encoder outputs, `(..., d)`
     q: Tensor,  # their codes, same shape
 ) -> Tensor:  # value `q`, bit for bit
-    """The straight-through estimator (Bengio et al. 2013): value `q`, gradient `g` to `z`, none to `q`.
+    """The straight-through estimator (Bengio et al. 2013): value `q`, gradient `g` to `z`,
+    none to `q`.
 
-    The value shares the memory of `q`, as a view does: clone it before changing it in place."""
+    The value shares the memory of `q`, as a view does: clone it before changing it in
+    place. Raises `ValueError` or `TypeError` when z and q do not fit.
+
+    >>> z = torch.tensor([1., 0.], requires_grad=True)
+    >>> q = straight_through(z, torch.tensor([0., 2.]))
+    >>> q.backward(torch.tensor([0., 1.]))
+    >>> q.tolist(), z.grad.tolist()
+    ([0.0, 2.0], [0.0, 1.0])
+    """
     function = _StraightThrough if torch.compiler.is_compiling() else _StraightThroughDual
     return function.apply(*check_pair(z, q))
 

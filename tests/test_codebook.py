@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from rotvq.codebook import best_score, code_counts, code_sums, ema_update, kmeans, nearest_code, perplexity, seed_codes, usage
+from rotvq.codebook import best_code, code_counts, code_sums, ema_update, kmeans, nearest_code, perplexity, kmeans_plus_plus, usage
 
 
 @given(seed=st.integers(0, 10**6), n=st.integers(0, 40), K=st.integers(1, 30), d=st.integers(1, 12), tile=st.sampled_from([None, 1, 17, 64]))
@@ -104,10 +104,10 @@ def test_running_average_equals_the_one_hot_form(seed, decay):
 @given(seed=st.integers(0, 10**6), n=st.integers(0, 200), K=st.one_of(st.integers(1, 300), st.integers(1000, 2200)), d=st.sampled_from([3, 9]), tile=st.integers(1, 80_000))
 def test_search_by_groups_finds_the_first_of_the_largest(seed, n, K, d, tile):
     g = torch.Generator().manual_seed(seed)
-    z, codes, offset, origin = (torch.randint(-2, 3, shape, generator=g).float() for shape in ((n, d), (K, d), (K,), (d,)))
-    scores = (z - origin) @ codes.T + offset
+    z, codes, offset = (torch.randint(-2, 3, shape, generator=g).float() for shape in ((n, d), (K, d), (K,)))
+    scores = z @ codes.T + offset
     expected = torch.tensor([row.index(max(row)) for row in scores.tolist()], dtype=torch.int64)
-    assert torch.equal(best_score(z, codes, offset, origin, tile), expected)
+    assert torch.equal(best_code(z, codes, offset, tile), expected)
 
 
 def test_search_answers_with_a_code_also_for_what_is_not_finite():
@@ -138,23 +138,23 @@ def test_lookup_is_one_operator_of_a_compiled_graph():
     f = lambda z, codes: nearest_code(z, codes, tile=1000)               # 1500 tiles
     assert torch.equal(torch.compile(f, fullgraph=True, backend=keep)(z, codes), nearest_code(z, codes))
     calls = [node for node in graphs[0].graph.nodes if node.op == "call_function"]
-    assert len(calls) < 40 and any("best_score" in str(node.target) for node in calls)
-    torch.library.opcheck(torch.ops.rotvq.best_score.default, (z[:50], codes, codes[:, 0].clone(), z[50], 7))
+    assert len(calls) < 40 and any("best_code" in str(node.target) for node in calls)
+    torch.library.opcheck(torch.ops.rotvq.best_code.default, (z[:50], codes, codes[:, 0].clone(), 7))
 
 
 @given(seed=st.integers(0, 10**6), n=st.integers(1, 50), K=st.integers(1, 60), d=st.integers(1, 4))
 def test_seeds_are_distinct_points_while_there_are_enough(seed, n, K, d):
     g = torch.Generator().manual_seed(seed)
     z = torch.randn(n, d, generator=g)
-    rows = seed_codes(z, K, g)
+    rows = kmeans_plus_plus(z, K, g)
     assert rows.shape == (K,) and rows.min() >= 0 and rows.max() < n
     assert len(rows.unique()) == min(n, K)
-    assert len(seed_codes(z[:1].expand(n, d), K, g)) == K                 # all points alike
+    assert len(kmeans_plus_plus(z[:1].expand(n, d), K, g)) == K                 # all points alike
 
 
 def test_seeds_follow_the_squared_distance():
     z = torch.tensor([[0.0], [1.0], [3.0]])
-    pairs = torch.stack([seed_codes(z, 2, torch.Generator().manual_seed(k)) for k in range(3000)])
+    pairs = torch.stack([kmeans_plus_plus(z, 2, torch.Generator().manual_seed(k)) for k in range(3000)])
     after_first = pairs[pairs[:, 0] == 0][:, 1]
     assert after_first.eq(2).float().mean() == pytest.approx(0.9, abs=0.03)   # 9 / (1 + 9)
 

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to
 
 from rotvq import linear_estimator, reflection_trick, rotation_trick, straight_through
-from rotvq.rotation import carry_back, carry_back_in_blocks
+from rotvq.rotation import pullback, pullback_definition
 
 TRICKS = {"ste": straight_through, "rotation": rotation_trick, "reflection": reflection_trick}
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -95,24 +95,32 @@ def test_nearly_opposite_and_nearly_parallel(name, compiled):
             assert relative_error(gradient(trick, z, q, g), explicit(name, z, q, g)).max() < 1e-5, (d, k)
 
 
-def test_both_ways_of_computing_agree_with_the_matrix():
-    "Blocks in float32 for eager mode on a CPU, one pass for everything else; with rows that the first hands to the second."
+def test_operator_and_definition_agree_with_the_matrix():
+    "Whatever form computes on this device, and the definition; with rows of every kind."
     for d in (1, 2, 5, 8, 33):
         z, q, g = draw(d, 3000, d)
         q[:50], z[50:60], z[60:70] = -z[:50] * 1.5, z[50:60] * 1e-20, z[60:70] * 1e20
         q[:50, 0] += 1e-4                                                       # nearly opposite, but a direction to turn in
         gamma = torch.rand(3000) + .5
-        for sign, name in ((1, "rotation"), (-1, "reflection")):
+        for mirror, name in ((False, "rotation"), (True, "reflection")):
             slow = explicit(name, z, q, g) if d > 1 else None
             lam = q.double().norm(dim=-1, keepdim=True) / z.double().norm(dim=-1, keepdim=True)
             unit = lambda v: v.double() / v.double().norm(dim=-1, keepdim=True)
-            turns = (unit(z) + sign * unit(q)).norm(dim=-1) > 1e-6             # the others count as parallel: no matrix
+            turns = (unit(z) + (-1 if mirror else 1) * unit(q)).norm(dim=-1) > 1e-6      # the others count as parallel: no matrix
             for given_gamma in (None, gamma):
-                blocks, whole = carry_back_in_blocks(g, z, q, given_gamma, sign), carry_back(g, z, q, given_gamma, sign)
-                assert relative_error(blocks, whole.double()).max() < 1e-5
+                fast, defined = pullback(g, z, q, given_gamma, mirror), pullback_definition(g, z, q, given_gamma, mirror)
+                assert relative_error(fast, defined.double()).max() < 1e-5
                 if d > 1:
                     expected = slow if given_gamma is None else slow / lam * gamma[:, None]
-                    for ours in (blocks, whole): assert relative_error(ours, expected)[turns].max() < 1e-5
+                    for ours in (fast, defined): assert relative_error(ours, expected)[turns].max() < 1e-5
+
+
+@pytest.mark.parametrize("gamma", [None, torch.rand(6)])
+@pytest.mark.parametrize("mirror", [False, True])
+def test_the_operator_keeps_the_rules_of_operators(gamma, mirror):
+    z, q, g = draw(19, 6, 5)
+    torch.library.opcheck(torch.ops.rotvq.pullback.default, (g, z, q, gamma, mirror))
+    torch.library.opcheck(torch.ops.rotvq.pullback.default, (g.T.contiguous().T, z, q, gamma, mirror))
 
 
 def test_blocks_are_seamless(monkeypatch):
@@ -120,7 +128,7 @@ def test_blocks_are_seamless(monkeypatch):
     for d in (3, 16):
         z, q, g = draw(d, 1000, d)
         whole = gradient(rotation_trick, z, q, g)
-        monkeypatch.setattr("rotvq.rotation.BLOCK", 64 * d + 1)
+        monkeypatch.setattr("rotvq.cpu.BLOCK", 64 * d + 1)
         assert_close(gradient(rotation_trick, z, q, g), whole, rtol=1e-6, atol=1e-6)
         monkeypatch.undo()
 

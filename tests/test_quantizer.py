@@ -11,7 +11,9 @@ from torch.testing import assert_close
 
 from rotvq import Quantized, VectorQuantizer, rotation_trick
 from rotvq.codebook import nearest_code
-from rotvq.quantizer import ESTIMATORS, convert_state_dict, draw_rows
+from rotvq.convert import convert_state_dict
+from rotvq.distributed import sample_rows
+from rotvq.quantizer import ESTIMATORS
 
 from test_estimators import explicit
 
@@ -345,7 +347,7 @@ def test_revival_of_a_learnable_cosine_codebook_trains_when_compiled():
 def test_drawn_rows_are_usable_and_repeat_only_when_they_must(seed, n, count):
     gen = torch.Generator().manual_seed(seed)
     z, usable = torch.randn(n, 3, generator=gen), torch.rand(n, generator=gen) < 0.5
-    rows, some = draw_rows(z, usable, count, torch.tensor(seed))
+    rows, some = sample_rows(z, usable, count, torch.tensor(seed))
     assert rows.shape == (count, 3) and some == usable.any()
     if some:
         assert (rows[:, None] == z[usable]).all(-1).any(1).all()
@@ -525,7 +527,7 @@ def test_layers_of_a_stack_draw_different_rows():
 
 def test_the_rows_drawn_are_balanced_for_small_codebooks():
     for n, count in ((16, 2), (16, 4), (16, 8), (16, 16)):
-        drawn = torch.stack([draw_rows(torch.arange(float(n))[:, None], torch.ones(n, dtype=torch.bool), count, torch.tensor(seed))[0][:, 0] for seed in range(1000)], 1)
+        drawn = torch.stack([sample_rows(torch.arange(float(n))[:, None], torch.ones(n, dtype=torch.bool), count, torch.tensor(seed))[0][:, 0] for seed in range(1000)], 1)
         for often in drawn.long(): assert (often.bincount(minlength=n) / 1000 - 1 / n).abs().max() < 0.035
 
 

@@ -343,7 +343,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path, capsys, mon
     said = capsys.readouterr().err
     assert said.startswith("rotvq: ") and said.count("\n") == 1 and f"{name} cannot be written" in said
     assert {p.name for p in (tmp_path / "run").iterdir() if p.name.startswith(".")} <= {".lock"}
-    assert training.held_state(tmp_path / "run")["epoch"] == 1
+    assert training.load_state(tmp_path / "run")["epoch"] == 1
     monkeypatch.undo()
     assert main([*arguments, "--resume"]) == 0                                            # there is room again
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
