@@ -68,4 +68,9 @@ def save(result: dict, name: str, out: Path | None) -> None:
     "Write `out`, or nbs/results/<name>_<device>.json and, from it, the page."
     file = out or ROOT / "nbs" / "results" / f"{name}_{result['machine']['device']}.json"
     file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    if out is None: subprocess.run([sys.executable, ROOT / "tools" / "benchmarks_page.py"], check=True)
+    if out is None: page()
+
+
+def page() -> None:
+    "nbs/benchmarks.qmd and its figures."
+    subprocess.run([sys.executable, ROOT / "tools" / "benchmarks_page.py"], check=True)

@@ -45,7 +45,10 @@ class Plain(nn.Module):
         return z + (q - z).detach(), indices, F.mse_loss(z, q.detach())
 
 
-def floor(z, codes, offset):
+BARE = "product and argmax"
+
+
+def product_and_argmax(z, codes, offset):
     "The scores of all codes, a tile at a time, and the place of the largest: no layer without a further idea does less."
     rows = max(1, 2**20 // len(codes))
     return torch.cat([torch.addmm(offset, part, codes.T).argmax(1) for part in z.split(rows)])
@@ -75,9 +78,9 @@ def measure(n: int, d: int, K: int, device: str, rounds: int, names=("rotvq", "v
         with torch.no_grad(): return net(z)[1]
 
     for net in nets.values(): net.eval()
-    chosen = {name: look(net) for name, net in nets.items()} | {"floor": floor(z.detach(), codes, offset)}
+    chosen = {name: look(net) for name, net in nets.items()} | {BARE: product_and_argmax(z.detach(), codes, offset)}
     for name, indices in chosen.items(): assert (indices != chosen["rotvq"]).float().mean() < 1e-3, name   # rounding of near ties
-    bare = {"floor": lambda: floor(z.detach(), codes, offset)}
+    bare = {BARE: lambda: product_and_argmax(z.detach(), codes, offset)}
     lookup = in_turns({name: lambda net=net: look(net) for name, net in nets.items()} | {"rotvq, encode": lambda: nets["rotvq"].encode(z)} | bare, rounds, device)
     for net in nets.values(): net.train()
     training = in_turns({name: lambda net=net: step(net) for name, net in nets.items()} | bare, rounds, device)

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from rotvq import VectorQuantizer, reflection_trick, rotation_trick, straight_through
-from rotvq.codebook import nearest_code
+from rotvq import VectorQuantizer, kernels, reflection_trick, rotation_trick, straight_through
+from rotvq.codebook import best_code_definition, nearest_code
 from rotvq.data import SAMPLE
+from rotvq.rotation import pullback, pullback_definition
 from rotvq.training import PRESETS, Stopwatch, find_preset, train
 from test_estimators import at_angle, explicit, gradient, relative_error
 from test_quantizer import OPTIONS
@@ -27,6 +28,32 @@ def test_estimators_equal_the_cpu(trick, dtype):
         assert torch.equal(out.cpu(), q)
         results.append(torch.autograd.grad(out, leaf, g.to(device))[0].cpu())
     assert_close(*results, rtol=2e-2 if dtype != torch.float32 else 1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_the_kernels_pass_their_checks_and_are_used(dtype, monkeypatch):
+    for check in (lambda: kernels.pullback_agrees(dtype, "cuda"), lambda: kernels.search_agrees("cuda")): assert check()
+    for d in (1, 3, 32, 100, 1000, 8192):
+        z, q, g = torch.randn(3, 500, d, generator=torch.Generator().manual_seed(d)).to("cuda", dtype)
+        for mirror in (False, True):
+            for gamma in (None, torch.rand(500, device="cuda")):
+                right = pullback_definition(g, z, q, gamma, mirror).double()
+                error = (pullback(g, z, q, gamma, mirror).double() - right).norm(dim=1) / right.norm(dim=1)
+                assert error.max() < max(1e-6, 2 * torch.finfo(dtype).eps)
+    launches = []
+    monkeypatch.setattr(kernels, "launch_pullback", lambda *args: launches.append(args) or args[0])
+    pullback(g, z, q, None, False)
+    assert len(launches) == 1
+
+
+@pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
+@pytest.mark.parametrize("d, K", [(1, 1), (3, 100), (32, 1000), (64, 257)])
+def test_the_search_kernel_finds_the_lowest_of_equals(d, K):
+    gen = torch.Generator().manual_seed(d)
+    z, codes = (torch.randint(-2, 3, (n, d), generator=gen).float().cuda() for n in (1000, K))
+    offset = -0.5 * codes.square().sum(1)
+    assert torch.equal(kernels.launch_search(z, codes, offset), best_code_definition(z, codes, offset, 2**20))
 
 
 @pytest.mark.parametrize("compiled", [False, True])

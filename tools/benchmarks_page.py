@@ -28,9 +28,24 @@ QUANTIZER = """
 
 `python benchmarks/quantizer.py` times a training step (forward, backward to `z`, and the update of the codebook) and a lookup, for N
 vectors of d numbers, normally distributed, and K codes, float32, decay 0.8. `vector_quantize_pytorch` 1.32 has the same settings, with the
-rotation trick; "plain" is a layer written from the paper of the VQ-VAE with `torch.cdist` and a one-hot matrix. The floor is the
+rotation trick; "plain" is a layer written from the paper of the VQ-VAE with `torch.cdist` and a one-hot matrix. "Product and argmax" is the
 product of all vectors with all codes, a tile of 2²⁰ scores at a time, and the `argmax` of each row: no gradient, no learning.
 Median in milliseconds, quartiles in brackets.
+"""
+TRAFFIC = """
+## What a GPU has to move {{#traffic}}
+
+`python benchmarks/traffic.py` counts, with PyTorch {torch} and without a GPU: every operation that is no view is one kernel, which reads
+its arguments and writes its results; an operator of `rotvq` counts as what a GPU runs for it. Bytes are multiples of those of `z` in float32. Operations
+like these are limited by memory on a GPU, and by the launches where tensors are small. No GPU has run the kernels of
+[the GPU room](85_gpu.ipynb) yet; what is counted is what they read and write.
+
+The rotation trick, forward and backward. The least that can be done is 4: read g, z and q, write the gradient.
+"""
+TRAFFIC_LAYER = """
+A training step of the layer, with the same settings as above. For vectors of more than 64 numbers the search of `rotvq` writes scores too, a
+tile at a time, because there the library's product is faster than a kernel that keeps them (by a comparison of rates, in
+[the GPU room](85_gpu.ipynb#the-search)); `vector_quantize_pytorch` makes a one-hot matrix.
 """
 STEP = """
 ## Share of a training step {{#step-{device}}}
@@ -39,6 +54,7 @@ STEP = """
 with several quantizers and with none, where the encoder output goes straight to the decoder. The share is what a step costs more
 than that.
 """
+BARE = "product and argmax"
 NAMES = ["rotvq", "rotvq, compiled", "plain STE", "plain STE, compiled", "rotate_to", "rotate_to, compiled", "batched matrices"]
 
 
@@ -68,7 +84,7 @@ def estimators(held: dict) -> str:
     about = f"{machine['name']}, {machine['device']}, {machine['threads']} threads, PyTorch {machine['torch']}, {held['rounds']} rounds."
     return "\n".join([ESTIMATORS.format(device=machine["device"]), table(head, times), about, "",
                       "How many times the first costs what the second costs:", "", table([*head, "median"], rates),
-                      "Most memory held at one time, in multiples of the size of `z`. The gradient is one; `rotvq` does not copy the value, `q`; below d = 8 it turns its blocks over, into buffers:", "",
+                      "Most memory held at one time, in multiples of the size of `z`. The gradient is one; `rotvq` does not copy the value, `q`; what it makes on the way belongs to one block of rows:", "",
                       table(head, memory), f"![Time of forward and backward, relative to plain straight-through, on a logarithmic axis. {about}]"
                       f"(images/estimators_{machine['device']}.png)", ""])
 
@@ -117,13 +133,13 @@ def quantizer(held: dict) -> str:
         return [table(head, times), "How many times the first costs what the second costs:", "", table([*head, "median"], rates)]
 
     peer = "vector_quantize_pytorch"
-    time = {f"{peer} / rotvq": (peer, "rotvq", "median_s"), "plain / rotvq": ("plain", "rotvq", "median_s"), "rotvq / floor": ("rotvq", "floor", "median_s")}
+    time = {f"{peer} / rotvq": (peer, "rotvq", "median_s"), "plain / rotvq": ("plain", "rotvq", "median_s"), "rotvq / product and argmax": ("rotvq", BARE, "median_s")}
     memory = {f"peak memory: rotvq / {peer}": ("rotvq", peer, "peak_bytes"), "peak memory: rotvq / plain": ("rotvq", "plain", "peak_bytes")}
-    mebi = [[name, *(f"{shape['training'][name]['peak_bytes'] / 2**20:.0f}" for shape in shapes)] for name in ("rotvq", peer, "plain", "floor")]
-    return "\n".join([QUANTIZER.format(device=device), "A training step:", "", *part("training", ["rotvq", peer, "plain", "floor"], time | memory),
+    mebi = [[name, *(f"{shape['training'][name]['peak_bytes'] / 2**20:.0f}" for shape in shapes)] for name in ("rotvq", peer, "plain", BARE)]
+    return "\n".join([QUANTIZER.format(device=device), "A training step:", "", *part("training", ["rotvq", peer, "plain", BARE], time | memory),
                       "Most memory held at one time in a training step, in MiB, the layer and its input not counted:", "", table(head, mebi),
                       "A lookup, in eval mode; `encode` returns the indices only:", "",
-                      *part("lookup", ["rotvq", "rotvq, encode", peer, "plain", "floor"], time | {"rotvq, encode / floor": ("rotvq, encode", "floor", "median_s")}),
+                      *part("lookup", ["rotvq", "rotvq, encode", peer, "plain", BARE], time | {"rotvq, encode / product and argmax": ("rotvq, encode", BARE, "median_s")}),
                       about(held), "",
                       f"![Time and peak memory of a training step against N, K and d; the other two are at N = 8192, d = 32, K = 1024. {about(held)}]"
                       f"(images/quantizer_{device}.png)", ""])
@@ -136,7 +152,7 @@ def draw_quantizer(held: dict) -> None:
 
     plots.style()
     fig, axes = plt.subplots(2, 3, figsize=(9, 4.6), sharex="col", sharey="row")
-    shown = {"rotvq": plots.COLORS["rotation"], "vector_quantize_pytorch": "0.45", "floor": "0.75"}
+    shown = {"rotvq": plots.COLORS["rotation"], "vector_quantize_pytorch": "0.45", BARE: "0.75"}
     for column, (axis, shapes) in zip(axes.T, held["curves"].items()):
         x = [shape["shape"]["NdK".index(axis)] for shape in shapes]
         for name, color in shown.items():
@@ -159,6 +175,15 @@ def step(held: dict) -> str:
     return "\n".join([STEP.format(device=held["machine"]["device"], **held), table(["", "a step, ms", "share"], rows), about(held), ""])
 
 
+def traffic(held: dict) -> str:
+    "Two tables: kernels, and bytes in multiples of z."
+    def part(title: str, shapes: list[dict]) -> str:
+        cell = lambda r: f"{r['kernels']}, {r['bytes']:.1f}" if r["bytes"] < 100 else f"{r['kernels']}, {r['bytes']:.0f}"
+        rows = [[name, *(cell(shape["results"][name]) for shape in shapes)] for name in shapes[0]["results"]]
+        return table([f"{title}: kernels, bytes / z", *(str(tuple(shape["shape"])) for shape in shapes)], rows)
+    return "\n".join([TRAFFIC.format(torch=held["torch"]), part("(N, d)", held["estimators"]), TRAFFIC_LAYER, part("(N, d, K)", held["layers"]), ""])
+
+
 SECTIONS = {"estimators": (estimators, draw), "quantizer": (quantizer, draw_quantizer), "step": (step, None)}
 
 
@@ -170,7 +195,8 @@ def page() -> tuple[str, list]:
             held = json.loads(file.read_text(encoding="utf-8"))
             text += write(held)
             if figure: figures.append((figure, held))
-    return text, figures
+    counted = RESULTS / "traffic.json"
+    return text + traffic(json.loads(counted.read_text(encoding="utf-8"))), figures
 
 
 if __name__ == "__main__":

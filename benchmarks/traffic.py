@@ -1,0 +1,141 @@
+"""Kernels launched and bytes moved, counted at PyTorch's dispatcher: what a GPU in eager mode has to do, without one.
+
+    python benchmarks/traffic.py
+
+Every operation that is no view counts as one kernel that reads its arguments and writes its results. An operator of rotvq counts
+as what a GPU runs for it: one kernel where there is one (rotvq.kernels), else the operations of its definition. Compiled graphs are
+counted by Inductor itself. Writes nbs/results/traffic.json and, from it, nbs/benchmarks.qmd. Takes a minute.
+"""
+import json
+import logging
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from vector_quantize_pytorch import VectorQuantize
+from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to
+
+from measure import ROOT, page
+from rotvq import VectorQuantizer, cpu, kernels, rotation_trick
+from rotvq.codebook import best_code_definition, code_sums
+from rotvq.rotation import pullback_definition, pullback_formula, rounding
+
+ESTIMATORS = [(65536, 32), (16384, 256), (65536, 4)]
+LAYERS = [(32768, 32, 1024), (16384, 256, 1024), (16384, 4, 8192), (4096, 64, 16384)]
+
+
+def in_float32(g, z, q, gamma, mirror):
+    "The definition on a device without float64."
+    return pullback_formula(g, z, q, gamma, mirror, rounding(z))
+
+
+class Traffic(TorchDispatchMode):
+    "Counts kernels and bytes. `forms` says what an operator runs; one that is not named there is one kernel."
+
+    def __init__(self, forms: dict):
+        super().__init__()
+        self.forms, self.kernels, self.bytes = forms, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        form = self.forms.get(func)
+        if form is not None:
+            with self: return form(*args)
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view and "detach" not in str(func) and "_local_scalar_dense" not in str(func):
+            self.kernels += 1
+            self.bytes += sum(t.numel() * t.element_size() for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor))
+        return out
+
+
+PULLBACK, BEST_CODE = torch.ops.rotvq.pullback.default, torch.ops.rotvq.best_code.default
+
+
+def on_gpu(d: int) -> dict:
+    "What a GPU with Triton runs for vectors of d numbers."
+    forms = {} if d <= kernels.LONGEST else {PULLBACK: pullback_definition}
+    return forms | ({} if d <= kernels.LONGEST_SEARCH else {BEST_CODE: lambda z, codes, offset, tile: best_code_definition(z, codes, offset, 2**24)})
+
+
+WITHOUT_TRITON = {PULLBACK: pullback_definition, BEST_CODE: lambda z, codes, offset, tile: best_code_definition(z, codes, offset, 2**24)}
+APPLE = WITHOUT_TRITON | {PULLBACK: in_float32}
+CPU = {PULLBACK: cpu.pullback_in_blocks, BEST_CODE: cpu.best_code_by_groups}
+
+
+def counted(call, forms: dict, unit: int) -> dict:
+    "Kernels, and bytes in multiples of `unit`."
+    with Traffic(forms) as seen: call()
+    return {"kernels": seen.kernels, "bytes": seen.bytes / unit}
+
+
+def compiled(f, z, q, g, unit: int) -> dict:
+    "The same of the graphs that Inductor makes of `f`, forward and backward; it counts where it would log."
+    from torch._inductor import config, metrics
+    torch._dynamo.reset()
+    metrics.reset()
+    logging.getLogger("torch._inductor.compile_fx").propagate = False
+    torch._logging.set_logs(inductor_metrics=True)
+    try:
+        with config.patch(force_disable_caches=True): torch.autograd.grad(torch.compile(f, fullgraph=True)(z, q), z, g)
+    finally: torch._logging.set_logs()
+    return {"kernels": len(metrics.nodes_num_elem), "bytes": metrics.num_bytes_accessed / unit}
+
+
+def estimators(n: int, d: int) -> dict:
+    z, q, g = torch.randn(3, n, d, generator=torch.Generator().manual_seed(0))
+    z.requires_grad_()
+    unit = 4 * n * d
+    once = lambda f: lambda: torch.autograd.grad(f(z, q), z, g)
+    ste = lambda z, q: z + (q - z).detach()
+    rows = {"rotvq, a GPU with Triton": counted(once(rotation_trick), on_gpu(d), unit),
+            "rotvq, a GPU without Triton": counted(once(rotation_trick), WITHOUT_TRITON, unit),
+            "rotvq, without float64 (Apple)": counted(once(rotation_trick), APPLE, unit),
+            "rotvq, a CPU, in its cache": counted(once(rotation_trick), CPU, unit),
+            "rotate_to": counted(once(rotate_to), {}, unit), "plain STE": counted(once(ste), {}, unit)}
+    for name, f in (("rotvq", rotation_trick), ("rotate_to", rotate_to), ("plain STE", ste)):
+        rows[f"{name}, compiled"] = compiled(f, z, q, g, unit)
+    return {"shape": [n, d], "results": rows}
+
+
+def layers(n: int, d: int, K: int) -> dict:
+    torch.manual_seed(0)
+    z, g = torch.randn(2, n, d)
+    z.requires_grad_()
+    ours, theirs = VectorQuantizer(d, K, channel_first=False, init="normal"), VectorQuantize(d, K, decay=0.8, commitment_weight=1.0, rotation_trick=True)
+    unit = 4 * n * d
+
+    def step(net: nn.Module):
+        def call():
+            q, _, loss = net(z)
+            torch.autograd.grad((q, loss), z, (g, torch.ones_like(loss)))
+        call(), [call() for _ in range(10)]                                # beyond the one look at λ
+        return call
+
+    indices = ours.encode(z)
+    rows = {"rotvq, a GPU with Triton": counted(step(ours), on_gpu(d), unit),
+            "rotvq, a GPU without Triton": counted(step(ours), WITHOUT_TRITON, unit),
+            "vector_quantize_pytorch": counted(step(theirs), {}, unit),
+            "rotvq, the sums alone": counted(lambda: code_sums(z, indices, K), {}, unit),
+            "rotvq, the losses alone": counted(loss_of(ours, z, indices), {}, unit)}
+    return {"shape": [n, d, K], "results": rows}
+
+
+def loss_of(net, z, indices):
+    q = net.codebook[indices]
+    return lambda: torch.autograd.grad(net._loss(net._rows(z, None), q), z)
+
+
+def main():
+    held = {"torch": torch.__version__, "estimators": [], "layers": []}
+    for shape in ESTIMATORS:
+        held["estimators"].append(estimators(*shape))
+        print(shape, {k: f"{v['kernels']}, {v['bytes']:.1f} z" for k, v in held["estimators"][-1]["results"].items()}, flush=True)
+    for shape in LAYERS:
+        held["layers"].append(layers(*shape))
+        print(shape, {k: f"{v['kernels']}, {v['bytes']:.1f} z" for k, v in held["layers"][-1]["results"].items()}, flush=True)
+    (ROOT / "nbs" / "results" / "traffic.json").write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
+    page()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""What a GPU has to launch and to move, counted at the dispatcher by benchmarks/traffic.py."""
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from traffic import APPLE, WITHOUT_TRITON, counted, layers, on_gpu  # noqa: E402
+
+
+@pytest.mark.parametrize("d", [32, 256])
+def test_the_pullback_moves_the_least_and_its_definition_not_much(d):
+    import torch
+
+    from rotvq import rotation_trick
+    z, q, g = torch.randn(3, 500, d)
+    z.requires_grad_()
+    once = lambda: torch.autograd.grad(rotation_trick(z, q), z, g)
+    assert counted(once, on_gpu(d), z.nbytes) == {"kernels": 1, "bytes": 4.0}
+    assert counted(once, APPLE, z.nbytes)["bytes"] <= 35
+    assert counted(once, WITHOUT_TRITON, z.nbytes)["bytes"] <= 80
+
+
+def test_the_layer_moves_a_quarter_of_the_peer():
+    for shape in ((4096, 32, 512), (2048, 256, 512), (2048, 4, 1024)):
+        rows = layers(*shape)["results"]
+        assert rows["rotvq, a GPU with Triton"]["bytes"] < rows["vector_quantize_pytorch"]["bytes"] / 4
+
+
+def test_the_page_has_these_figures():
+    held = json.loads((ROOT / "nbs" / "results" / "traffic.json").read_text(encoding="utf-8"))
+    assert all(shape["results"]["rotvq, a GPU with Triton"] == {"kernels": 1, "bytes": 4.0} for shape in held["estimators"])
+    for shape in held["layers"]:
+        assert shape["results"]["rotvq, a GPU with Triton"]["bytes"] < shape["results"]["vector_quantize_pytorch"]["bytes"] / 4
