@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TABLE_ROWS', 'CAVEAT', 'comparison_table', 'save_rows', 'save_pictures', 'new_folder', 'last_run', 'resumed',
-           'cmd_train', 'cmd_eval', 'cmd_reconstruct', 'cmd_data', 'checkpoint_folder', 'int_from', 'parser', 'main']
+           'cmd_train', 'cmd_eval', 'cmd_reconstruct', 'cmd_data', 'checkpoint_folder', 'int_from', 'add_train',
+           'parser', 'main']
 
 # %% ../nbs/13_run.ipynb #0c4523d0
 import argparse
@@ -51,7 +52,10 @@ def comparison_table(rows: list[dict]) -> str:
     ]
     widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
     return "\n".join(
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths)))
+        "  ".join(
+            c.ljust(w) if i == 0 else c.rjust(w)
+            for i, (c, w) in enumerate(zip(line, widths))
+        )
         for line in [head, *lines]
     )
 
@@ -61,28 +65,43 @@ def save_rows(rows: dict[str, Tensor], file: Path) -> None:
     n, _, height, width = next(iter(rows.values())).shape
     zoom, gap = max(1, 128 // height), 2
     label = max(len(name) for name in rows) * 7 + 10
-    sheet = Image.new("RGB", (label + n * (width * zoom + gap), len(rows) * (height * zoom + gap)), "white")
+    sheet = Image.new(
+        "RGB",
+        (label + n * (width * zoom + gap), len(rows) * (height * zoom + gap)),
+        "white",
+    )
     draw = ImageDraw.Draw(sheet)
     for j, (name, pictures) in enumerate(rows.items()):
         top = j * (height * zoom + gap)
         draw.text((5, top + height * zoom // 2 - 5), name, fill="black")
-        array = ((pictures.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        array = (
+            ((pictures.clamp(-1, 1) + 1) * 127.5)
+            .round()
+            .byte()
+            .permute(0, 2, 3, 1)
+            .cpu()
+            .numpy()
+        )
         for i, picture in enumerate(array):
             sheet.paste(
-                Image.fromarray(picture).resize((width * zoom, height * zoom), Image.Resampling.NEAREST),
+                Image.fromarray(picture).resize(
+                    (width * zoom, height * zoom), Image.Resampling.NEAREST
+                ),
                 (label + i * (width * zoom + gap), top),
             )
     file.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(file)
 
-
+# %% ../nbs/13_run.ipynb #67d94b72
 def save_pictures(run: Run, images: Tensor) -> list[Path]:
     "Write reconstructions.png and, where matplotlib is installed, curves.png into the run's folder."
     x = to_float(images[torch.linspace(0, len(images) - 1, min(8, len(images))).long()])
     rows = {"original": x}
     with torch.no_grad():
         for name in run.estimators:
-            rows[TITLES.get(name, name)] = VQVAE.from_pretrained(run.folder(name))(x).x_hat
+            rows[TITLES.get(name, name)] = VQVAE.from_pretrained(run.folder(name))(
+                x
+            ).x_hat
     save_rows(rows, run.out / "reconstructions.png")
     try:
         from rotvq.plots import save_run_curves
@@ -106,15 +125,17 @@ def new_folder(base: Path) -> Path:
         except FileExistsError:
             n, out = n + 1, base.with_name(f"{base.name}-{n + 1}")
 
-
+# %% ../nbs/13_run.ipynb #07e8fa9f
 def last_run(runs: Path = Path("runs")) -> Path:
     "The run in `runs` that was written last."
     states = sorted(runs.glob("*/state.pt"), key=lambda p: p.stat().st_mtime)
     if not states:
-        raise ValueError(f"There is no run to resume in {runs.resolve()}. Name its folder with --out.")
+        raise ValueError(
+            f"There is no run to resume in {runs.resolve()}. Name its folder with --out."
+        )
     return states[-1].parent
 
-
+# %% ../nbs/13_run.ipynb #a628301a
 def resumed(args) -> None:
     "Fill in what was not given from the run that is to be resumed."
     args.out = args.out or last_run()
@@ -124,39 +145,70 @@ def resumed(args) -> None:
     args.seed = held["seed"] if args.seed is None else args.seed
     args.data = args.data or held["root"]
 
-
+# %% ../nbs/13_run.ipynb #11b325fc
 def cmd_train(args) -> None:
     "Train, print the table, write the run folder."
     choice = {None: (), "compare": ("ste", "rotation")}
     args.estimators = choice.get(args.estimator, (args.estimator,))
     if args.resume:
         resumed(args)
-    preset, estimators, seed = find_preset(args.preset or "auto"), args.estimators or choice["compare"], args.seed or 0
+    preset, estimators, seed = (
+        find_preset(args.preset or "auto"),
+        args.estimators or choice["compare"],
+        args.seed or 0,
+    )
     source = imagenet10(args.data)
     kind = "compare" if len(estimators) > 1 else estimators[0]
     out = args.out or new_folder(Path("runs") / f"{preset.name}-{kind}-seed{seed}")
-    print(f"preset {preset.name}: {preset.epochs} epochs at {preset.size}×{preset.size} on {best_device().type}")
-    print(f"estimators: {', '.join(estimators)}\npictures: {source.name} ({source.root})\nrun folder: {out}", flush=True)
+    print(
+        f"preset {preset.name}: {preset.epochs} epochs at {preset.size}×{preset.size} on {best_device().type}"
+    )
+    print(
+        f"estimators: {', '.join(estimators)}\npictures: {source.name} ({source.root})\nrun folder: {out}",
+        flush=True,
+    )
     try:
         run = train(preset, estimators, source, out, seed, args.resume)
     except KeyboardInterrupt:
-        command = shlex.join([sys.executable, "-m", "rotvq", "train", "--resume", "--out", str(out.resolve())])
+        command = shlex.join(
+            [
+                sys.executable,
+                "-m",
+                "rotvq",
+                "train",
+                "--resume",
+                "--out",
+                str(out.resolve()),
+            ]
+        )
         saved = (out / "state.pt").exists()
-        print("\ninterrupted;", f"continue with: {command}" if saved else "no epoch was finished", file=sys.stderr)
+        print(
+            "\ninterrupted;",
+            f"continue with: {command}" if saved else "no epoch was finished",
+            file=sys.stderr,
+        )
         if not any(out.iterdir()):
             out.rmdir()
         raise
-    print(f"\n{comparison_table(run.rows)}\n\non the validation pictures of: {source.name}")
+    print(
+        f"\n{comparison_table(run.rows)}\n\non the validation pictures of: {source.name}"
+    )
     if source == SAMPLE:
-        print("These are crops of two photographs. Do not read the figures as results on ImageNet-10.")
+        print(
+            "These are crops of two photographs. Do not read the figures as results on ImageNet-10."
+        )
     elif preset == PRESETS["cpu"] and len(estimators) > 1:
         print(CAVEAT)
     else:
-        print("The published figures (nbs/13_run.ipynb) are of the preset cpu; at other settings expect others.")
-    files = save_pictures(run, ImageNet10("val", preset.size, source, preset.limit).images)
+        print(
+            "The published figures (nbs/13_run.ipynb) are of the preset cpu; at other settings expect others."
+        )
+    files = save_pictures(
+        run, ImageNet10("val", preset.size, source, preset.limit).images
+    )
     print("wrote", ", ".join(str(f) for f in [*files, run.out / "metrics.jsonl"]))
 
-
+# %% ../nbs/13_run.ipynb #d7dea7a1
 def cmd_eval(args) -> None:
     "Print the metrics of a trained model on the validation pictures."
     folder = checkpoint_folder(args.checkpoint)
@@ -164,37 +216,54 @@ def cmd_eval(args) -> None:
     source = imagenet10(args.data)
     size = config.get("run", {}).get("preset", {}).get("size", 64)
     result = evaluate(
-        VQVAE.from_pretrained(folder).to(best_device()), ImageNet10("val", size, source, args.limit).images
+        VQVAE.from_pretrained(folder).to(best_device()),
+        ImageNet10("val", size, source, args.limit).images,
     )
     result["data"] = source.name
     if args.json:
         print(json.dumps(result))
     else:
         for key, value in result.items():
-            print(f"{key:20} {value:.6g}" if isinstance(value, float) else f"{key:20} {value}")
+            print(
+                f"{key:20} {value:.6g}"
+                if isinstance(value, float)
+                else f"{key:20} {value}"
+            )
 
-
+# %% ../nbs/13_run.ipynb #3b55f8e6
 def cmd_reconstruct(args) -> None:
     "Write a PNG with pictures above their reconstructions."
     folder = checkpoint_folder(args.checkpoint)
     config = read_config(folder)
     size = args.size or config.get("run", {}).get("preset", {}).get("size", 64)
-    x = to_float(torch.stack([torch.tensor(decode_picture(Path(p), size)) for p in args.pictures]))
+    x = to_float(
+        torch.stack(
+            [torch.tensor(decode_picture(Path(p), size)) for p in args.pictures]
+        )
+    )
     with torch.no_grad():
         x_hat = VQVAE.from_pretrained(folder)(x).x_hat
-    save_rows({"original": x, TITLES.get(config["model"]["estimator"], "reconstruction"): x_hat}, args.out)
+    save_rows(
+        {
+            "original": x,
+            TITLES.get(config["model"]["estimator"], "reconstruction"): x_hat,
+        },
+        args.out,
+    )
     print("wrote", args.out)
 
-
+# %% ../nbs/13_run.ipynb #8783cd48
 def cmd_data(args) -> None:
     "Find or download the pictures and decode them."
     source = imagenet10(args.root)
     for split in ("train", "val"):
         held = ImageNet10(split, find_preset("auto").size, source)
         print(f"{split}: {len(held)} pictures in {len(held.classes)} classes")
-    print(f"{source.name}: {source.root.resolve()}\ndecoded in: {cache_dir() / 'decoded'}")
+    print(
+        f"{source.name}: {source.root.resolve()}\ndecoded in: {cache_dir() / 'decoded'}"
+    )
 
-
+# %% ../nbs/13_run.ipynb #e00b2556
 def checkpoint_folder(path: Path) -> Path:
     "The folder of a saved model, given it or its model.safetensors; names the choices inside a comparison."
     folder = path.parent if path.is_file() else path
@@ -218,24 +287,16 @@ def int_from(least: int):
     number.__name__ = f"number from {least} to 2**31"
     return number
 
-
-def parser() -> argparse.ArgumentParser:
-    "The command line."
-    top = argparse.ArgumentParser(
-        "rotvq",
-        description="The rotation trick for vector quantization: train a VQ-VAE on ImageNet-10 and look at it.",
+# %% ../nbs/13_run.ipynb #0c0ffae8
+def add_train(commands, data_help: str) -> None:
+    "The command `train`."
+    p = commands.add_parser(
+        "train", help="train, alone or side by side, and print a table"
     )
-    top.add_argument("--version", action="version", version=f"rotvq {rotvq.__version__}, PyTorch {torch.__version__}")
-    commands = top.add_subparsers(required=True, metavar="COMMAND")
-    data_help = 'folder with train/<class>/ and val/<class>/, or "sample" (default: ROTVQ_DATA, data/imagenet10, the cache, a download)'
-
-    p = commands.add_parser("data", help="find or download the pictures and decode them once")
-    p.add_argument("--root", metavar="DIR", help=data_help)
-    p.set_defaults(run=cmd_data)
-
-    p = commands.add_parser("train", help="train, alone or side by side, and print a table")
     p.add_argument(
-        "--preset", choices=["auto", *PRESETS], help="size of the run (default: auto, by hardware)"
+        "--preset",
+        choices=["auto", *PRESETS],
+        help="size of the run (default: auto, by hardware)",
     )
     p.add_argument(
         "--estimator",
@@ -244,10 +305,16 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--data", metavar="DIR", help=data_help)
     p.add_argument(
-        "--out", metavar="DIR", type=Path, help="run folder (default: runs/<preset>-<estimator>-seed<N>)"
+        "--out",
+        metavar="DIR",
+        type=Path,
+        help="run folder (default: runs/<preset>-<estimator>-seed<N>)",
     )
     p.add_argument(
-        "--seed", type=int_from(0), metavar="N", help="initial weights and order of the pictures (default: 0)"
+        "--seed",
+        type=int_from(0),
+        metavar="N",
+        help="initial weights and order of the pictures (default: 0)",
     )
     p.add_argument(
         "--resume",
@@ -256,26 +323,66 @@ def parser() -> argparse.ArgumentParser:
     )
     p.set_defaults(run=cmd_train)
 
-    p = commands.add_parser("eval", help="measure a trained model on the validation pictures")
-    p.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder of a trained model")
+# %% ../nbs/13_run.ipynb #adb6fba7
+def parser() -> argparse.ArgumentParser:
+    "The command line."
+    top = argparse.ArgumentParser(
+        "rotvq",
+        description="The rotation trick for vector quantization: train a VQ-VAE on ImageNet-10 and look at it.",
+    )
+    top.add_argument(
+        "--version",
+        action="version",
+        version=f"rotvq {rotvq.__version__}, PyTorch {torch.__version__}",
+    )
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    data_help = 'folder with train/<class>/ and val/<class>/, or "sample" (default: ROTVQ_DATA, data/imagenet10, the cache, a download)'
+
+    p = commands.add_parser(
+        "data", help="find or download the pictures and decode them once"
+    )
+    p.add_argument("--root", metavar="DIR", help=data_help)
+    p.set_defaults(run=cmd_data)
+
+    add_train(commands, data_help)
+
+    p = commands.add_parser(
+        "eval", help="measure a trained model on the validation pictures"
+    )
+    p.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="folder of a trained model"
+    )
     p.add_argument("--data", metavar="DIR", help=data_help)
     p.add_argument("--limit", type=int_from(1), metavar="N", help="use N pictures only")
     p.add_argument("--json", action="store_true", help="one line of JSON")
     p.set_defaults(run=cmd_eval)
 
-    p = commands.add_parser("reconstruct", help="write pictures and their reconstructions to a PNG")
-    p.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder of a trained model")
-    p.add_argument("pictures", type=Path, nargs="+", metavar="PICTURE", help="files that Pillow can read")
-    p.add_argument("--out", type=Path, required=True, metavar="PNG", help="the sheet to write")
+    p = commands.add_parser(
+        "reconstruct", help="write pictures and their reconstructions to a PNG"
+    )
     p.add_argument(
-        "--size", type=int_from(4),
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="folder of a trained model"
+    )
+    p.add_argument(
+        "pictures",
+        type=Path,
+        nargs="+",
+        metavar="PICTURE",
+        help="files that Pillow can read",
+    )
+    p.add_argument(
+        "--out", type=Path, required=True, metavar="PNG", help="the sheet to write"
+    )
+    p.add_argument(
+        "--size",
+        type=int_from(4),
         metavar="PIXELS",
         help="side of the square the pictures are cut to (default: as trained)",
     )
     p.set_defaults(run=cmd_reconstruct)
     return top
 
-
+# %% ../nbs/13_run.ipynb #24bd6738
 def main(argv: list[str] | None = None) -> int:
     "Run the command: 0 when done, 1 with a message when something is wrong, 2 on bad usage, 130 if interrupted."
     args = parser().parse_args(argv)

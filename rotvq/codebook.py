@@ -26,7 +26,7 @@ def best_code_definition(
     parts = z.split(max(1, tile // len(codes)))
     return torch.cat([torch.addmm(offset, x, codes.T).argmax(1) for x in parts])
 
-
+# %% ../nbs/01_vqvae.ipynb #b91e4907
 best_code = torch.library.custom_op(
     "rotvq::best_code", best_code_definition, mutates_args=()
 )
@@ -42,7 +42,7 @@ def exact_dtype(x: Tensor) -> torch.dtype:
     Not by `promote_types`, which exported programs record."""
     return x.dtype if x.dtype.itemsize >= 4 else torch.float32
 
-
+# %% ../nbs/01_vqvae.ipynb #c3b8c6d2
 def without_autocast(device: str):
     "A context in which products are not rounded; none where autocast is off."
     device = "cpu" if device == "meta" else device
@@ -50,7 +50,7 @@ def without_autocast(device: str):
         return torch.autocast(device, enabled=False)
     return nullcontext()
 
-
+# %% ../nbs/01_vqvae.ipynb #3537532a
 def exporting() -> bool:
     "Whether a program for elsewhere is being made (`torch.export`, ONNX, TorchScript)."
     if torch.compiler.is_dynamo_compiling():
@@ -74,7 +74,10 @@ def nearest_code(
     """
     _check_lookup(z, codebook, distance)
     dtype = exact_dtype(z)
-    flat, codes = z.detach().reshape(-1, z.shape[-1]).to(dtype), codebook.detach().to(dtype)
+    flat, codes = (
+        z.detach().reshape(-1, z.shape[-1]).to(dtype),
+        codebook.detach().to(dtype),
+    )
     tile = tile or (2**20 if z.device.type == "cpu" else 2**24)
     with without_autocast(z.device.type):
         if distance == "cosine":
@@ -96,7 +99,7 @@ def check_distance(distance: str) -> None:
     if distance not in ("euclidean", "cosine"):
         raise ValueError(f'distance is {distance!r}; choose "euclidean" or "cosine".')
 
-
+# %% ../nbs/01_vqvae.ipynb #65271c03
 def _check_lookup(z: Tensor, codebook: Tensor, distance: str):
     "Raise early, naming both operands and the remedy."
     check_distance(distance)
@@ -186,7 +189,7 @@ def is_good(batch: Tensor) -> Tensor:
     "Whether `code_sums` may be learned from: some vector, all finite; a scalar."
     return batch.sum().isfinite() & (batch[:, -1].sum() > 0)
 
-
+# %% ../nbs/01_vqvae.ipynb #47bdecfc
 @torch.no_grad()
 def ema_update(
     codebook: Tensor,  # codes `(K, d)`, changed in place
@@ -217,12 +220,12 @@ def code_counts(
     nothing = flat.new_zeros((len(flat), 0), dtype=torch.float32)
     return code_sums(nothing, flat, codebook_size)[:, 0]
 
-
+# %% ../nbs/01_vqvae.ipynb #2250ea5c
 def usage(counts: Tensor) -> Tensor:
     "Share of codes that occur, in [0, 1]; a scalar tensor, no wait for the device."
     return (counts > 0).float().mean()
 
-
+# %% ../nbs/01_vqvae.ipynb #39ad79e5
 def perplexity(counts: Tensor) -> Tensor:
     "exp of the entropy of the code frequencies, in [1, K]; 1 when nothing was counted."
     total = counts.sum()

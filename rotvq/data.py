@@ -39,7 +39,7 @@ from tqdm import tqdm
 class DataError(ValueError):
     "Pictures are missing or cannot be read; the message names the file or folder and the remedy."
 
-
+# %% ../nbs/09_imagenet10.ipynb #8f34cd8b
 EXTENSIONS = {".jpeg", ".jpg", ".png", ".webp", ".bmp"}
 
 
@@ -53,15 +53,23 @@ def list_pictures(
         raise DataError(
             f"{folder} does not exist. The layout is {root}/train/<class>/ and {root}/val/<class>/."
         )
-    classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    classes = sorted(
+        p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")
+    )
     if not classes:
-        raise DataError(f"{folder} has no class folders. The layout is {folder}/<class>/<picture>.")
+        raise DataError(
+            f"{folder} has no class folders. The layout is {folder}/<class>/<picture>."
+        )
     files, labels = [], []
     for label, name in enumerate(classes):
-        names = (p for p in (folder / name).rglob("*") if p.suffix.lower() in EXTENSIONS)
+        names = (
+            p for p in (folder / name).rglob("*") if p.suffix.lower() in EXTENSIONS
+        )
         found = sorted(p for p in names if not p.name.startswith(".") and p.is_file())
         if not found:
-            raise DataError(f"{folder / name} has no pictures. Remove the folder or fill it.")
+            raise DataError(
+                f"{folder / name} has no pictures. Remove the folder or fill it."
+            )
         files += found
         labels += [label] * len(found)
     return files, labels, classes
@@ -74,18 +82,23 @@ class Source:
     root: Path
     name: str
 
-
+# %% ../nbs/09_imagenet10.ipynb #1e390bae
 SAMPLE = Source(Path(str(resource_files("rotvq"))) / "sample", "sample")
 
 
-NETWORK_ERRORS = (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException)
+NETWORK_ERRORS = (
+    urllib.error.URLError,
+    TimeoutError,
+    ConnectionError,
+    http.client.HTTPException,
+)
 
 
 def cache_dir() -> Path:
     "Folder for downloads and decoded pictures: `ROTVQ_CACHE`, else the user's cache."
     return Path(os.environ.get("ROTVQ_CACHE") or user_cache_path("rotvq"))
 
-
+# %% ../nbs/09_imagenet10.ipynb #627e5ae9
 def imagenet10(
     root: str | Path | None = None,  # a folder, "sample", or `None` to search
     download: bool = True,  # fetch when nothing is found
@@ -98,7 +111,9 @@ def imagenet10(
             return SAMPLE
         root = Path(root).expanduser()
         if not root.is_dir():
-            raise DataError(f"{root} is not a folder. {chosen_by}Name one that holds train/ and val/.")
+            raise DataError(
+                f"{root} is not a folder. {chosen_by}Name one that holds train/ and val/."
+            )
         for split in ("train", "val"):
             list_pictures(root, split)
         return Source(root, root.resolve().name)
@@ -132,9 +147,11 @@ def _writable(folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
-        raise DataError(f"Cannot write to {folder} ({error}). Set ROTVQ_CACHE to a folder that is writable.") from error
+        raise DataError(
+            f"Cannot write to {folder} ({error}). Set ROTVQ_CACHE to a folder that is writable."
+        ) from error
 
-
+# %% ../nbs/09_imagenet10.ipynb #b2cdd707
 @contextmanager
 def _timeout(seconds: float):
     "A time limit for each network wait: the library beneath sets none and would hang on a silent network."
@@ -145,7 +162,7 @@ def _timeout(seconds: float):
     finally:
         socket.setdefaulttimeout(before)
 
-
+# %% ../nbs/09_imagenet10.ipynb #11696ade
 def download_imagenette(
     target: Path,  # final folder, made whole or not at all
     url: str = IMAGENETTE[0],  # a .tgz with one folder that holds train/ and val/
@@ -154,13 +171,16 @@ def download_imagenette(
 ) -> Path:  # `target`
     "Download Imagenette (160 px). Raises `DataError` on a damaged archive or a full disk, `OSError` without network."
     with _writable(target.parent):
-        for old in target.parent.glob(f".{target.name}-*"):  # left by a run that was killed
+        # left by a run that was killed
+        for old in target.parent.glob(f".{target.name}-*"):
             if time.time() - old.stat().st_mtime > 86400:
                 shutil.rmtree(old, ignore_errors=True)
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         with _timeout(timeout):
-            download_and_extract_archive(url, work, work / "unpacked", "archive.tgz", md5)
+            download_and_extract_archive(
+                url, work, work / "unpacked", "archive.tgz", md5
+            )
         found = [p for p in (work / "unpacked").iterdir() if (p / "train").is_dir()]
         if not found:
             raise DataError(f"The archive from {url} holds no folder with train/.")
@@ -176,7 +196,9 @@ def download_imagenette(
     except NETWORK_ERRORS:
         raise
     except OSError as error:
-        raise DataError(f"Cannot store the download in {target.parent} ({error}). Set ROTVQ_CACHE to another folder.") from error
+        raise DataError(
+            f"Cannot store the download in {target.parent} ({error}). Set ROTVQ_CACHE to another folder."
+        ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return target
@@ -193,13 +215,21 @@ def decode_picture(
         with Image.open(file) as image:
             image.draft("RGB", (size, size))
             image = ImageOps.exif_transpose(image)
-            if image.mode == "F" or (image.mode == "I" and max(np.abs(image.getextrema())) > 65535):
-                raise ValueError("its pixels have 32 bits, of which nobody knows what is white: save it with 8 or 16")
+            if image.mode == "F" or (
+                image.mode == "I" and max(np.abs(image.getextrema())) > 65535
+            ):
+                raise ValueError(
+                    "its pixels have 32 bits, of which nobody knows what is white: save it with 8 or 16"
+                )
             if image.mode.startswith("I"):  # 16 bits a pixel
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            square = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+            square = ImageOps.fit(
+                image.convert("RGB"), (size, size), Image.Resampling.BICUBIC
+            )
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{file} cannot be read as a picture ({error}). Remove or replace it.") from error
+        raise DataError(
+            f"{file} cannot be read as a picture ({error}). Remove or replace it."
+        ) from error
     return np.asarray(square).transpose(2, 0, 1)
 
 # %% ../nbs/09_imagenet10.ipynb #5e1e323f
@@ -217,7 +247,9 @@ def decode_crop(
         side = int(min(image.size) * rng.uniform(0.25, 1))
         left, top = (int(rng.integers(0, length - side + 1)) for length in image.size)
         crop = image.convert("RGB").resize(
-            (size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side)
+            (size, size),
+            Image.Resampling.BICUBIC,
+            box=(left, top, left + side, top + side),
         )
     return np.asarray(crop).transpose(2, 0, 1)
 
@@ -239,13 +271,21 @@ def decode_all(
     with _writable(cache.parent):
         need, free = math.prod(shape), shutil.disk_usage(cache.parent).free
         if need > free:
-            raise OSError(f"{need / 1e6:.0f} MB are needed and {free / 1e6:.0f} MB free")
+            raise OSError(
+                f"{need / 1e6:.0f} MB are needed and {free / 1e6:.0f} MB free"
+            )
         handle, name = tempfile.mkstemp(prefix=".", suffix=".npy", dir=cache.parent)
     os.close(handle)
     try:
         out = np.lib.format.open_memmap(name, mode="w+", dtype=np.uint8, shape=shape)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            bar = tqdm(pool.map(decode, jobs), "decoding", len(jobs), unit=" pictures", disable=None)
+            bar = tqdm(
+                pool.map(decode, jobs),
+                "decoding",
+                len(jobs),
+                unit=" pictures",
+                disable=None,
+            )
             for i, picture in enumerate(bar):
                 out[i] = picture
         out.flush()
@@ -254,11 +294,15 @@ def decode_all(
         Path(name).unlink(missing_ok=True)
     return np.load(cache, mmap_mode="c")
 
-
+# %% ../nbs/09_imagenet10.ipynb #322140a9
 def remove_older(cache: Path) -> None:
     "Delete decoded pictures of the same set with another fingerprint, and what a killed run left a day ago."
     stem = cache.stem.rpartition("-")[0]
-    day_old = [p for p in cache.parent.glob(".*.npy") if time.time() - p.stat().st_mtime > 86400]
+    day_old = [
+        p
+        for p in cache.parent.glob(".*.npy")
+        if time.time() - p.stat().st_mtime > 86400
+    ]
     for old in [*cache.parent.glob(f"{stem}-*.npy"), *day_old]:
         if old != cache:
             old.unlink(missing_ok=True)
@@ -271,7 +315,7 @@ def fingerprint(*parts) -> str:
     "Twelve hexadecimal digits that change when `parts` do."
     return hashlib.sha256(json.dumps([DECODER, *parts]).encode()).hexdigest()[:12]
 
-
+# %% ../nbs/09_imagenet10.ipynb #a9bf649b
 class ImageNet10(torch.utils.data.Dataset):
     "Pictures of one split as bytes: `images` `(N, 3, size, size)` uint8, `labels` `(N,)`, `classes`, `source`."
 
@@ -280,7 +324,8 @@ class ImageNet10(torch.utils.data.Dataset):
         split: str = "train",  # "train" or "val"
         size: int = 64,  # side in pixels
         source: Source | None = None,  # from `imagenet10()`
-        limit: int | None = None,  # use this many pictures, evenly spaced over the classes
+        limit: int
+        | None = None,  # use this many pictures, evenly spaced over the classes
     ):
         if split not in CROPS:
             raise DataError(f'split is {split!r}; choose "train" or "val".')
@@ -290,12 +335,26 @@ class ImageNet10(torch.utils.data.Dataset):
         root, sample = self.source.root, self.source == SAMPLE
         files, labels, self.classes = list_pictures(root, split)
         count = CROPS[split] if sample else len(files)
-        keep = range(count) if limit is None else np.linspace(0, count - 1, min(limit, count)).round().astype(int).tolist()
+        keep = (
+            range(count)
+            if limit is None
+            else np.linspace(0, count - 1, min(limit, count))
+            .round()
+            .astype(int)
+            .tolist()
+        )
         jobs = [(files[i % len(files)], i) if sample else files[i] for i in keep]
         self.labels = torch.tensor([labels[i % len(files)] for i in keep])
-        stats = [(str(f.relative_to(root)), (s := f.stat()).st_size, s.st_mtime_ns) for f in files]
+        stats = [
+            (str(f.relative_to(root)), (s := f.stat()).st_size, s.st_mtime_ns)
+            for f in files
+        ]
         place = fingerprint(str(root.resolve()))
-        cache = cache_dir() / "decoded" / f"{place}-{split}-{size}-{limit or 'all'}-{fingerprint(stats, count)}.npy"
+        cache = (
+            cache_dir()
+            / "decoded"
+            / f"{place}-{split}-{size}-{limit or 'all'}-{fingerprint(stats, count)}.npy"
+        )
         decode = partial(decode_crop if sample else decode_picture, size=size)
         self.images = torch.from_numpy(decode_all(jobs, decode, size, cache))
         remove_older(cache)

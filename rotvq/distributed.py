@@ -17,14 +17,14 @@ def world_size() -> int:
     in_use = dist.is_available() and dist.is_initialized()
     return dist.get_world_size() if in_use else 1
 
-
+# %% ../nbs/82_processes.ipynb #e0bc4687
 def all_reduce_sum(x: Tensor, sync: bool) -> Tensor:
     "The sum of `x` over all processes; `x` may be overwritten."
     if sync and world_size() > 1:
         dist.all_reduce(x)
     return x
 
-
+# %% ../nbs/82_processes.ipynb #2decf470
 def broadcast(x: Tensor) -> Tensor:
     """The `x` of the first process, in all of them.
 
@@ -37,7 +37,9 @@ def gather_rows(x: Tensor, sync: bool) -> Tensor:
     "The rows `(n, d)` of all processes, `n` may differ, in the order of ranks."
     if not sync or world_size() == 1:
         return x
-    sizes = [torch.empty(1, dtype=torch.int64, device=x.device) for _ in range(world_size())]
+    sizes = [
+        torch.empty(1, dtype=torch.int64, device=x.device) for _ in range(world_size())
+    ]
     dist.all_gather(sizes, torch.tensor([len(x)], device=x.device))
     sizes = [int(size) for size in sizes]
     padded = F.pad(x, (0, 0, 0, max(sizes) - len(x)))
@@ -55,8 +57,9 @@ def scrambled(x: Tensor) -> Tensor:
         x = (x * x + factor) % prime
     return x
 
-
-@scrambled.register_fake  # an operator: inlined, x * x would be computed twice, and its x
+# %% ../nbs/82_processes.ipynb #30625c50
+# an operator: inlined, x * x would be computed twice, and its x
+@scrambled.register_fake
 def _(x):
     return torch.empty_like(x)
 

@@ -19,15 +19,18 @@ def unit(
     norm = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
     return v / torch.where(norm > 0, norm, 1)
 
-
+# %% ../nbs/03_householder.ipynb #0e792892
 def householder_matrix(
     v: Tensor,  # normal of the mirror, `(..., d)`
 ) -> Tensor:  # `(..., d, d)`
     "`I − 2 v vᵀ / ‖v‖²`, the reflection at the plane orthogonal to `v`; the identity for `v = 0`."
     v = unit(v)
-    return torch.eye(v.shape[-1], dtype=v.dtype, device=v.device) - 2 * v[..., :, None] * v[..., None, :]
+    return (
+        torch.eye(v.shape[-1], dtype=v.dtype, device=v.device)
+        - 2 * v[..., :, None] * v[..., None, :]
+    )
 
-
+# %% ../nbs/03_householder.ipynb #7759686c
 def reflect(
     u: Tensor,  # vectors, `(..., d)`
     v: Tensor,  # normals, broadcast against `u`

@@ -31,7 +31,7 @@ def jit(function):
     "`triton.jit`, where Triton is installed."
     return triton.jit(function) if triton else function
 
-
+# %% ../nbs/85_gpu.ipynb #da8b92a0
 @jit
 def power_of_two(k, dtype: tl.constexpr):
     "2ᵏ, exactly, for an integer k inside the normal range."
@@ -40,7 +40,7 @@ def power_of_two(k, dtype: tl.constexpr):
     else:
         return ((k + 127) << 23).to(tl.float32, bitcast=True)
 
-
+# %% ../nbs/85_gpu.ipynb #4755a722
 @jit
 def exponent(v, dtype: tl.constexpr):
     "For each row the k with 2ᵏ ≤ largest |entry| < 2ᵏ⁺¹, inside the normal range."
@@ -128,7 +128,7 @@ def pullback_options(d: int, dtype: torch.dtype, warp: int = 32) -> dict:
         num_warps=threads // warp,
     )
 
-
+# %% ../nbs/85_gpu.ipynb #4689ba28
 def launch_pullback(
     g: Tensor, z: Tensor, q: Tensor, gamma: Tensor | None, mirror: bool
 ) -> Tensor:
@@ -177,7 +177,7 @@ def search_kernel(
         top = tl.maximum(top, value)
     tl.store(out + row, best.to(tl.int64), mask=row < n)
 
-
+# %% ../nbs/85_gpu.ipynb #366a178c
 LONGEST_SEARCH = 64  # numbers of a vector, from the comparison above
 
 
@@ -186,7 +186,7 @@ def search_options(d: int, warp: int = 32) -> dict:
     BD = max(16, 1 << (d - 1).bit_length())
     return dict(BN=64, BK=64, BD=BD, num_warps=256 // warp, num_stages=2)
 
-
+# %% ../nbs/85_gpu.ipynb #2d338ab6
 def launch_search(z: Tensor, codes: Tensor, offset: Tensor) -> Tensor:
     "`best_code` for float32 vectors by `search_kernel`."
     n, d = z.shape
@@ -211,7 +211,7 @@ def sample(d: int, dtype: torch.dtype, device) -> list[Tensor]:
     g[14, 0], z[15, -1] = torch.nan, torch.inf
     return [v.to(device, dtype) for v in (g, z, q)]
 
-
+# %% ../nbs/85_gpu.ipynb #fae09157
 def pullback_agrees(dtype: torch.dtype, device) -> bool:
     "Whether `pullback_kernel` gives what the definition gives."
     g, z, q = sample(33, dtype, device)
@@ -220,19 +220,25 @@ def pullback_agrees(dtype: torch.dtype, device) -> bool:
     for mirror in (False, True):
         for scale in (None, gamma):
             args = g, z, q, scale, mirror
-            ours, right = (f(*args).double() for f in (launch_pullback, pullback_definition))
+            ours, right = (
+                f(*args).double() for f in (launch_pullback, pullback_definition)
+            )
             error = (ours - right).norm(dim=1) / right.norm(dim=1)
-            same = (ours == right).all(1) | (error < max(1e-5, 2 * torch.finfo(dtype).eps))
+            same = (ours == right).all(1) | (
+                error < max(1e-5, 2 * torch.finfo(dtype).eps)
+            )
             bad = ~right.isfinite().all(1)
             close.append(torch.where(bad, ~ours.isfinite().all(1), same))
     return bool(torch.cat(close).all())
 
-
+# %% ../nbs/85_gpu.ipynb #372c9f60
 def search_agrees(device) -> bool:
     "Whether `search_kernel` finds the first of the best, where there is NaN, too."
     gen = torch.Generator().manual_seed(0)
     for d, K in ((3, 100), (33, 300)):
-        z, codes = (torch.randint(-2, 3, (n, d), generator=gen).float() for n in (90, K))
+        z, codes = (
+            torch.randint(-2, 3, (n, d), generator=gen).float() for n in (90, K)
+        )
         z[7, 0] = torch.nan
         offset = -0.5 * codes.square().sum(1)
         scores = (z[:, None] * codes).sum(-1) + offset
@@ -262,7 +268,7 @@ def trusted(check, *args) -> bool:
     )
     return False
 
-
+# %% ../nbs/85_gpu.ipynb #efc547bb
 @pullback.register_kernel("cuda")  # AMD's GPUs, too
 def pullback_on_gpu(
     g: Tensor, z: Tensor, q: Tensor, gamma: Tensor | None, mirror: bool
@@ -273,7 +279,7 @@ def pullback_on_gpu(
     form = launch_pullback if fits else pullback_definition
     return form(g, z, q, gamma, mirror)
 
-
+# %% ../nbs/85_gpu.ipynb #709eb416
 @best_code.register_kernel("cuda")
 def best_code_on_gpu(z: Tensor, codes: Tensor, offset: Tensor, tile: int) -> Tensor:
     "`best_code` on a GPU."

@@ -42,8 +42,10 @@ def is_whole(x) -> bool:
     "Whether `x` is an integer of any kind, NumPy's included, and no bool."
     return isinstance(x, Integral) and not isinstance(x, bool)
 
-
-def check_options(dim, codebook_size, distance, decay, init, revive_after, frozen) -> None:
+# %% ../nbs/07_learning.ipynb #a6685987
+def check_options(
+    dim, codebook_size, distance, decay, init, revive_after, frozen
+) -> None:
     "Raise `ValueError` for an option of a codebook that makes no sense."
     check_distance(distance)
     if dim < 1 or codebook_size < 1:
@@ -117,8 +119,11 @@ class Codebook(ExactBuffers):
             if old is None:  # a learnable codebook has no sums
                 continue
             choice = where if where is None or old.ndim == 1 else where[:, None]
-            new = torch.as_tensor(new) if where is None else torch.where(choice, new, old)
-            if hasattr(old, "full_tensor"):  # builds without torch.distributed lack this
+            new = (
+                torch.as_tensor(new) if where is None else torch.where(choice, new, old)
+            )
+            # builds without torch.distributed lack this
+            if hasattr(old, "full_tensor"):
                 from torch.distributed.tensor import distribute_tensor
 
                 new = distribute_tensor(new, old.device_mesh, old.placements)
@@ -199,6 +204,21 @@ class LearningCodebook(Codebook):
             codes = codes.clone()
         return unit(codes) if self.distance == "cosine" else codes
 
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        "As ever. Whether a k-means start is still to be made is part of the state."
+        if prefix + "counts" in state_dict:  # rotvq 0.0.1 had neither of the two
+            state_dict.setdefault(prefix + "batches", torch.zeros_like(self.batches))
+            state_dict.setdefault(prefix + "salt", self.salt.clone())
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.ready = self.ready.long()  # a bool in rotvq 0.0.1
+        self._ready = self.ready.device.type == "meta" or bool(self.ready)
+        self._begun = self._begun and self._ready
+
+# %% ../nbs/07_learning.ipynb #4cb98c6f
+class StartedCodebook(LearningCodebook):
+    """A learning codebook that knows when: its start, one for all processes and at
+    k-means if asked for, and the forward passes that must not learn."""
+
     def _held_codes(self, learning: bool) -> Tensor:
         "The codes of this step; a compiled backward pass may look up in them again."
         codes, once = self._codes(), learning and self._moves()
@@ -223,20 +243,6 @@ class LearningCodebook(Codebook):
         if self._moved:  # whatever mode the layer was put into meanwhile
             raise RuntimeError(MOVED)
         return False  # activation checkpointing runs a step again
-
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        "As ever. Whether a k-means start is still to be made is part of the state."
-        if prefix + "counts" in state_dict:  # rotvq 0.0.1 had neither of the two
-            state_dict.setdefault(prefix + "batches", torch.zeros_like(self.batches))
-            state_dict.setdefault(prefix + "salt", self.salt.clone())
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self.ready = self.ready.long()  # a bool in rotvq 0.0.1
-        self._ready = self.ready.device.type == "meta" or bool(self.ready)
-        self._begun = self._begun and self._ready
-
-# %% ../nbs/07_learning.ipynb #4cb98c6f
-class StartedCodebook(LearningCodebook):
-    "A learning codebook with its start: one for all processes, at k-means if asked for."
 
     def _start(self, rows: Rows) -> None:
         "Before the first training batch."

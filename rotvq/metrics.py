@@ -16,13 +16,13 @@ def quantization_error(z: Tensor, q: Tensor) -> Tensor:
     "Mean of (z − q)² over all entries, float32 scalar."
     return (z.float() - q.float()).square().mean()
 
-
+# %% ../nbs/11_metrics.ipynb #f43fc5ec
 def relative_error(z: Tensor, q: Tensor) -> Tensor:
     "Quantization error as a share of the variance of `z` `(N, d)` about its mean vector, float32 scalar."
     z = z.float()
     return quantization_error(z, q) / (z - z.mean(0)).square().mean()
 
-
+# %% ../nbs/11_metrics.ipynb #79f7f91a
 def psnr(
     mse: float,  # mean squared error
     range: float = 2.0,  # of the pictures: 2 for [−1, 1]

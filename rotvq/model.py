@@ -25,29 +25,43 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.conv3, self.conv1 = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 1)
+        self.conv3, self.conv1 = (
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.Conv2d(width, width, 1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv1(self.conv3(x.relu()).relu())
 
-
+# %% ../nbs/10_model.ipynb #58d2a7a8
 class Encoder(nn.Sequential):
     "Pictures `(B, 3, H, W)` to encoder outputs `(B, dim, H / 2ⁿ, W / 2ⁿ)` with n = `downsamples`."
 
-    def __init__(self, width: int = 64, dim: int = 32, downsamples: int = 2, blocks: int = 2):
-        widths = [3] + [max(1, width >> (downsamples - 1 - i)) for i in range(downsamples)]
+    def __init__(
+        self, width: int = 64, dim: int = 32, downsamples: int = 2, blocks: int = 2
+    ):
+        widths = [3] + [
+            max(1, width >> (downsamples - 1 - i)) for i in range(downsamples)
+        ]
         down = [
-            layer for a, b in zip(widths, widths[1:]) for layer in (nn.Conv2d(a, b, 4, 2, 1), nn.ReLU())
+            layer
+            for a, b in zip(widths, widths[1:])
+            for layer in (nn.Conv2d(a, b, 4, 2, 1), nn.ReLU())
         ][:-1]
         super().__init__(
-            *down, *(ResidualBlock(width) for _ in range(blocks)), nn.ReLU(), nn.Conv2d(width, dim, 1)
+            *down,
+            *(ResidualBlock(width) for _ in range(blocks)),
+            nn.ReLU(),
+            nn.Conv2d(width, dim, 1),
         )
 
-
+# %% ../nbs/10_model.ipynb #fb1d2621
 class Decoder(nn.Sequential):
     "Codes `(B, dim, h, w)` to pictures `(B, 3, 2ⁿ h, 2ⁿ w)`: the way of `Encoder` back."
 
-    def __init__(self, width: int = 64, dim: int = 32, downsamples: int = 2, blocks: int = 2):
+    def __init__(
+        self, width: int = 64, dim: int = 32, downsamples: int = 2, blocks: int = 2
+    ):
         widths = [max(1, width >> i) for i in range(downsamples)] + [3]
         up = [
             layer
@@ -55,7 +69,9 @@ class Decoder(nn.Sequential):
             for layer in (nn.ReLU(), nn.ConvTranspose2d(a, b, 4, 2, 1))
         ]
         super().__init__(
-            nn.Conv2d(dim, width, 3, padding=1), *(ResidualBlock(width) for _ in range(blocks)), *up
+            nn.Conv2d(dim, width, 3, padding=1),
+            *(ResidualBlock(width) for _ in range(blocks)),
+            *up,
         )
 
 # %% ../nbs/10_model.ipynb #7cfc5b6a
@@ -66,7 +82,7 @@ class Reconstruction(NamedTuple):
     indices: Tensor  # `(B, H / 2ⁿ, W / 2ⁿ)`
     loss: Tensor  # commitment loss, scalar
 
-
+# %% ../nbs/10_model.ipynb #ed2a07ed
 class VQVAE(nn.Module):
     """Encoder, quantizer, decoder. Pictures are floats on [−1, 1].
 
@@ -96,7 +112,9 @@ class VQVAE(nn.Module):
             **quantizer,
         )
         self.encoder = Encoder(width, dim, downsamples, blocks)
-        self.quantizer = VectorQuantizer(dim, codebook_size, channel_first=True, **quantizer)
+        self.quantizer = VectorQuantizer(
+            dim, codebook_size, channel_first=True, **quantizer
+        )
         self.decoder = Decoder(width, dim, downsamples, blocks)
 
     def forward(self, x: Tensor) -> Reconstruction:
@@ -128,13 +146,20 @@ def replacing(file: Path):
     try:
         yield partial_file
         os.replace(partial_file, file)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have words of their own
-        said = (str(error).splitlines() or [type(error).__name__])[0]  # some say nothing
-        raise OSError(f"{file} cannot be written ({said}). What it held before is unchanged.") from error
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # torch and safetensors have words of their own
+        # some say nothing
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise OSError(
+            f"{file} cannot be written ({said}). What it held before is unchanged."
+        ) from error
     finally:
         partial_file.unlink(missing_ok=True)
 
-
+# %% ../nbs/10_model.ipynb #1a13dd57
 def save_pretrained(
     model: VQVAE,
     folder: str | Path,
@@ -144,13 +169,18 @@ def save_pretrained(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = model.config | {"estimator": model.quantizer.estimator_name}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    tensors = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in model.state_dict().items()
+    }
     with replacing(folder / "model.safetensors") as weights:
         save_file(tensors, weights)
     with replacing(folder / "config.json") as text:
-        text.write_text(json.dumps({"model": config, **extra}, indent=1) + "\n", encoding="utf-8")
+        text.write_text(
+            json.dumps({"model": config, **extra}, indent=1) + "\n", encoding="utf-8"
+        )
 
-
+# %% ../nbs/10_model.ipynb #42d954b0
 def read_config(folder: str | Path) -> dict:
     "`config.json` of a saved model; raises `ValueError` or `OSError` naming the file."
     file = Path(folder) / "config.json"
@@ -159,10 +189,12 @@ def read_config(folder: str | Path) -> dict:
     except ValueError as error:
         raise ValueError(f"{file} is damaged ({error}).") from error
     if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
-        raise ValueError(f'{file} is not that of a saved model: it has no entry "model".')
+        raise ValueError(
+            f'{file} is not that of a saved model: it has no entry "model".'
+        )
     return config
 
-
+# %% ../nbs/10_model.ipynb #2808dfce
 def from_pretrained(
     folder: str | Path,  # a folder written by `save_pretrained`
     **changes,  # model arguments to replace, e.g. `estimator=my_function`
@@ -171,22 +203,36 @@ def from_pretrained(
     folder = Path(folder)
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name} does not exist; {folder} is not a saved model.")
+            raise FileNotFoundError(
+                f"{folder / name} does not exist; {folder} is not a saved model."
+            )
     config = read_config(folder)["model"]
     try:
         weights = load_file(folder / "model.safetensors")
     except SafetensorError as error:
-        raise ValueError(f"{folder / 'model.safetensors'} is damaged ({error}).") from error
-    if str(config.get("estimator")).startswith("custom:") and "estimator" not in changes:
-        raise ValueError(f"The model in {folder} has the estimator {config['estimator']!r}. Pass it: estimator=...")
+        raise ValueError(
+            f"{folder / 'model.safetensors'} is damaged ({error})."
+        ) from error
+    if (
+        str(config.get("estimator")).startswith("custom:")
+        and "estimator" not in changes
+    ):
+        raise ValueError(
+            f"The model in {folder} has the estimator {config['estimator']!r}. Pass it: estimator=..."
+        )
     try:
         model = VQVAE(**(config | changes))
         model.load_state_dict(weights)
     except (TypeError, RuntimeError) as error:
         if changes:
             raise
-        raise ValueError(f"The weights and the config.json in {folder} do not belong together ({error}).") from error
+        raise ValueError(
+            f"The weights and the config.json in {folder} do not belong together ({error})."
+        ) from error
     return model.eval()
 
-
-VQVAE.save_pretrained, VQVAE.from_pretrained = save_pretrained, staticmethod(from_pretrained)
+# %% ../nbs/10_model.ipynb #80caee23
+VQVAE.save_pretrained, VQVAE.from_pretrained = (
+    save_pretrained,
+    staticmethod(from_pretrained),
+)

@@ -64,9 +64,12 @@ def arrows(ax, vectors: dict, color: str, start=(0.0, 0.0)) -> None:
             "",
             xy=foot + v,
             xytext=foot,
-            arrowprops=dict(arrowstyle="-|>", color=color, lw=1.8, shrinkA=0, shrinkB=0),
+            arrowprops=dict(
+                arrowstyle="-|>", color=color, lw=1.8, shrinkA=0, shrinkB=0
+            ),
         )
-        aside = np.array([-v[1], v[0]]) / np.linalg.norm(v) * 10  # points, to the left of the arrow
+        # points, to the left of the arrow
+        aside = np.array([-v[1], v[0]]) / np.linalg.norm(v) * 10
         if name:
             ax.annotate(
                 name,
@@ -78,14 +81,14 @@ def arrows(ax, vectors: dict, color: str, start=(0.0, 0.0)) -> None:
                 color=color,
             )
 
-
+# %% ../nbs/90_plots.ipynb #73546cac
 def mirror(ax, normal) -> None:
     "Draw the mirror orthogonal to `normal` in the plane, as a dashed line through the origin."
     x, y = float(normal[0]), float(normal[1])
     length = (x * x + y * y) ** 0.5
     ax.axline((0, 0), (-y / length, x / length), color="0.4", ls="--", lw=1)
 
-
+# %% ../nbs/90_plots.ipynb #eefaa12e
 def gradient_field(
     points, steps, indices, codes, estimator: str, target=None, ax=None, longest=2.0
 ) -> Figure:
@@ -96,9 +99,21 @@ def gradient_field(
     points, steps = np.asarray(points), np.asarray(steps)
     length = np.linalg.norm(steps, axis=1, keepdims=True)
     steps = steps * np.minimum(1, longest / np.maximum(length, 1e-12))
-    ax.scatter(*points.T, c=[CYCLE[int(i) % len(CYCLE)] for i in indices], s=22, alpha=0.5, linewidths=0)
+    ax.scatter(
+        *points.T,
+        c=[CYCLE[int(i) % len(CYCLE)] for i in indices],
+        s=22,
+        alpha=0.5,
+        linewidths=0,
+    )
     ax.quiver(
-        *points.T, *steps.T, color=COLORS[estimator], angles="xy", scale_units="xy", scale=5, width=0.0035
+        *points.T,
+        *steps.T,
+        color=COLORS[estimator],
+        angles="xy",
+        scale_units="xy",
+        scale=5,
+        width=0.0035,
     )
     ax.scatter(*np.asarray(codes).T, c="black", marker="x", s=42)
     if target is not None:
@@ -113,29 +128,46 @@ def cells(ax, codes, color: str = "0.8") -> None:
     codes = np.asarray(codes, dtype=float)
     (left, right), (low, high) = ax.get_xlim(), ax.get_ylim()
     x, y = np.meshgrid(np.linspace(left, right, 400), np.linspace(low, high, 400))
-    nearest = ((x[..., None] - codes[:, 0]) ** 2 + (y[..., None] - codes[:, 1]) ** 2).argmin(-1)
+    nearest = (
+        (x[..., None] - codes[:, 0]) ** 2 + (y[..., None] - codes[:, 1]) ** 2
+    ).argmin(-1)
     for k in range(len(codes)):
         ax.contour(x, y, nearest == k, levels=[0.5], colors=color, linewidths=0.8)
     ax.scatter(*codes.T, c="black", marker="x", s=36)
     ax.set(xlim=(left, right), ylim=(low, high))
 
-
+# %% ../nbs/90_plots.ipynb #b20ec80d
 def triptych(points, values, gradients: dict, codes) -> Figure:
     "A function on a grid `(H, W, 2)` of the plane and gradient fields of it: colour is length, arrows are directions."
     style()
     points, codes = np.asarray(points), np.asarray(codes)
-    fig, axes = plt.subplots(1, 1 + len(gradients), figsize=(4.1 * (1 + len(gradients)), 3.5), sharey=True)
-    box = [points[..., 0].min(), points[..., 0].max(), points[..., 1].min(), points[..., 1].max()]
-    lengths = {name: np.linalg.norm(np.asarray(g), axis=-1) for name, g in gradients.items()}
+    fig, axes = plt.subplots(
+        1, 1 + len(gradients), figsize=(4.1 * (1 + len(gradients)), 3.5), sharey=True
+    )
+    box = [
+        points[..., 0].min(),
+        points[..., 0].max(),
+        points[..., 1].min(),
+        points[..., 1].max(),
+    ]
+    lengths = {
+        name: np.linalg.norm(np.asarray(g), axis=-1) for name, g in gradients.items()
+    }
     top = max(v.max() for v in lengths.values())
     axes[0].imshow(np.asarray(values), origin="lower", extent=box, cmap="cividis")
     axes[0].set(title="function", xlabel="$z_1$", ylabel="$z_2$")
     for ax, (name, g) in zip(axes[1:], gradients.items()):
-        ax.imshow(lengths[name], origin="lower", extent=box, cmap="viridis", vmin=0, vmax=top)
+        ax.imshow(
+            lengths[name], origin="lower", extent=box, cmap="viridis", vmin=0, vmax=top
+        )
         few = (slice(4, None, 11), slice(4, None, 11))
         u = np.asarray(g)[few] / np.maximum(lengths[name][few], 1e-9)[..., None]
         ax.quiver(
-            *np.moveaxis(points[few], -1, 0), *np.moveaxis(u, -1, 0), color="white", scale=22, width=0.004
+            *np.moveaxis(points[few], -1, 0),
+            *np.moveaxis(u, -1, 0),
+            color="white",
+            scale=22,
+            width=0.004,
         )
         ax.set(title=name, xlabel="$z_1$")
     for ax in axes:
@@ -143,8 +175,10 @@ def triptych(points, values, gradients: dict, codes) -> Figure:
         cells(ax, codes, color="white")
     return fig
 
-
-def steps_of_a_cell(ax, points, after, code, push, estimator: str, title: str = "") -> None:
+# %% ../nbs/90_plots.ipynb #7c7d8db7
+def steps_of_a_cell(
+    ax, points, after, code, push, estimator: str, title: str = ""
+) -> None:
     "Points of one cell and where a step takes them, with the code and the gradient `g` at it."
     points, after, code = (np.asarray(v) for v in (points, after, code))
     for a, b in zip(points, after):
@@ -152,7 +186,9 @@ def steps_of_a_cell(ax, points, after, code, push, estimator: str, title: str = 
             "",
             xy=b,
             xytext=a,
-            arrowprops=dict(arrowstyle="->", color=COLORS[estimator], lw=0.8, shrinkA=0, shrinkB=0),
+            arrowprops=dict(
+                arrowstyle="->", color=COLORS[estimator], lw=0.8, shrinkA=0, shrinkB=0
+            ),
         )
     ax.scatter(*points.T, c="0.65", s=14, zorder=3)
     ax.scatter(*after.T, color=COLORS[estimator], s=18, zorder=3)
@@ -175,7 +211,10 @@ def explorable(name: str, draw: Callable[..., Figure], **start: float):
     if not {"IN_TEST", "ROTVQ_STATIC"} & set(os.environ):
         from ipywidgets import FloatSlider, interactive
 
-        sliders = {k: FloatSlider(v, min=-2, max=2, step=0.05, description=k) for k, v in start.items()}
+        sliders = {
+            k: FloatSlider(v, min=-2, max=2, step=0.05, description=k)
+            for k, v in start.items()
+        }
 
         def show(**values):
             figure = draw(**values)
@@ -197,7 +236,7 @@ def explorable(name: str, draw: Callable[..., Figure], **start: float):
         )
     )
 
-
+# %% ../nbs/90_plots.ipynb #69048b4a
 def plane(title: str = "", limit: float = 2.2):
     "A square piece of the plane to draw in, with the origin marked."
     style()
@@ -207,17 +246,26 @@ def plane(title: str = "", limit: float = 2.2):
     ax.set_title(title, loc="left")
     return fig, ax
 
-
+# %% ../nbs/90_plots.ipynb #be46542d
 def degrees(u, v) -> float:
     "The angle between two vectors in degrees; NaN when one is zero."
     u, v = (np.asarray(w, dtype=float) for w in (u, v))
     lengths = np.linalg.norm(u) * np.linalg.norm(v)
-    return math.degrees(math.acos(np.clip(u @ v / lengths, -1, 1))) if lengths else math.nan
+    return (
+        math.degrees(math.acos(np.clip(u @ v / lengths, -1, 1)))
+        if lengths
+        else math.nan
+    )
 
-
-def draw_gradients(z1, z2, q1, q2, g1, g2, estimators=tuple(COLORS), origin=(0.0, 0.0)) -> Figure:
+# %% ../nbs/90_plots.ipynb #5225b316
+def draw_gradients(
+    z1, z2, q1, q2, g1, g2, estimators=tuple(COLORS), origin=(0.0, 0.0)
+) -> Figure:
     "`z`, `q`, `g` and the gradient at `z` of each estimator, with the angles that tell them apart."
-    z, q, g, o = (torch.tensor(v, dtype=torch.float64) for v in ((z1, z2), (q1, q2), (g1, g2), origin))
+    z, q, g, o = (
+        torch.tensor(v, dtype=torch.float64)
+        for v in ((z1, z2), (q1, q2), (g1, g2), origin)
+    )
     z, q = z - o, q - o
     lines = [f"angle of q and g: {degrees(q, g):.0f}°"]
     fig, ax = plane()
@@ -228,11 +276,13 @@ def draw_gradients(z1, z2, q1, q2, g1, g2, estimators=tuple(COLORS), origin=(0.0
         point = z.clone().requires_grad_()
         (grad,) = torch.autograd.grad(ESTIMATORS[name](point, q), point, g)
         arrows(ax, {"": grad}, color=COLORS[name], start=z + o)
-        lines.append(f"angle of z and its gradient, {TITLES[name]}: {degrees(z, grad):.0f}°")
+        lines.append(
+            f"angle of z and its gradient, {TITLES[name]}: {degrees(z, grad):.0f}°"
+        )
     ax.set_title("\n".join(lines), loc="left")
     return fig
 
-
+# %% ../nbs/90_plots.ipynb #78879837
 def draw_mirrors(a1, a2, b1, b2) -> Figure:
     "`a`, its image in the mirror halfway to `b`, and the image of that in the mirror on `b`."
     a, b = (torch.tensor(v, dtype=torch.float64) for v in ((a1, a2), (b1, b2)))
@@ -253,7 +303,9 @@ def draw_mirrors(a1, a2, b1, b2) -> Figure:
 # %% ../nbs/90_plots.ipynb #fe2f041d
 def run_curves(
     rows: list[dict],  # as in `metrics.jsonl`
-    longer: list[dict] = (),  # of a longer run: thin lines, and epochs on a logarithmic axis
+    longer: list[
+        dict
+    ] = (),  # of a longer run: thin lines, and epochs on a logarithmic axis
 ) -> Figure:
     "Reconstruction, quantization error, usage and perplexity against the epoch."
     style()
@@ -279,7 +331,13 @@ def run_curves(
                 )
         for estimator in dict.fromkeys(row["estimator"] for row in longer):
             line = [row for row in longer if row["estimator"] == estimator]
-            ax.plot([r["epoch"] for r in line], [r[key] for r in line], color=COLORS[estimator], lw=1, alpha=0.8)
+            ax.plot(
+                [r["epoch"] for r in line],
+                [r[key] for r in line],
+                color=COLORS[estimator],
+                lw=1,
+                alpha=0.8,
+            )
         ax.set(title=title, xlabel="epoch")
         if longer:
             ticks = [t for t in (1, 2, 5, 10, 20, 50, 100) if t <= longer[-1]["epoch"]]
@@ -294,23 +352,31 @@ def run_curves(
         ticks = [0.015, 0.02, 0.03, 0.05, 0.1]
         axes[0].set_yticks(ticks, ticks)
         axes[0].minorticks_off()
-    axes[2].yaxis.set_major_formatter(plt.matplotlib.ticker.PercentFormatter(1, decimals=0))
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    axes[2].yaxis.set_major_formatter(
+        plt.matplotlib.ticker.PercentFormatter(1, decimals=0)
+    )
+    fig.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3
+    )
     return fig
 
-
-def save_run_curves(rows: list[dict], file: str | Path, longer: list[dict] = ()) -> None:
+# %% ../nbs/90_plots.ipynb #5c37f366
+def save_run_curves(
+    rows: list[dict], file: str | Path, longer: list[dict] = ()
+) -> None:
     "`run_curves` into a file, leaving no open figure behind."
     fig = run_curves(rows, longer)
     fig.savefig(file)
     plt.close(fig)
 
-
+# %% ../nbs/90_plots.ipynb #f3bc4809
 def picture_rows(rows: dict, size: float = 1.1) -> Figure:
     "Rows of pictures, each row named; pictures are `(N, 3, H, W)`, uint8 or floats on [−1, 1]."
     style()
     n = max(len(v) for v in rows.values())
-    fig, axes = plt.subplots(len(rows), n, figsize=(size * n + 0.9, size * len(rows)), squeeze=False)
+    fig, axes = plt.subplots(
+        len(rows), n, figsize=(size * n + 0.9, size * len(rows)), squeeze=False
+    )
     for line, (name, pictures) in zip(axes, rows.items()):
         for ax in line:
             ax.axis("off")
@@ -319,5 +385,7 @@ def picture_rows(rows: dict, size: float = 1.1) -> Figure:
             if picture.dtype != torch.uint8:
                 picture = ((picture.clamp(-1, 1) + 1) * 127.5).round().byte()
             ax.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
-        line[0].text(-0.08, 0.5, name, ha="right", va="center", transform=line[0].transAxes)
+        line[0].text(
+            -0.08, 0.5, name, ha="right", va="center", transform=line[0].transAxes
+        )
     return fig

@@ -22,7 +22,7 @@ def rotation_matrix(
     to both. Undefined for b = −a."""
     return householder_matrix(b) @ householder_matrix(unit(a) + unit(b))
 
-
+# %% ../nbs/04_rotation.ipynb #ba98e075
 def rotate(
     u: Tensor,  # vectors to rotate, `(..., d)`
     a: Tensor,  # from this direction
@@ -66,7 +66,7 @@ def pullback_definition(
     out = pullback_formula(g_, z_, q_, gamma, mirror, rounding(z))
     return out.to(g.dtype, memory_format=torch.contiguous_format)
 
-
+# %% ../nbs/04_rotation.ipynb #11122ff7
 pullback = torch.library.custom_op(
     "rotvq::pullback", pullback_definition, mutates_args=()
 )
@@ -83,7 +83,7 @@ def length_ratio(z: Tensor, q: Tensor) -> Tensor:
     zz, qq = (v.to(exact).square().sum(-1) for v in (z, q))
     return torch.where((zz != 0) & (qq != 0), qq / zz, 1).sqrt()
 
-
+# %% ../nbs/04_rotation.ipynb #3ef3a466
 class Pullback(torch.autograd.Function):
     "`pullback` with its derivative in `g`; z, q and γ are constants."
 
@@ -107,7 +107,7 @@ class Pullback(torch.autograd.Function):
     def jvp(ctx, g_dot, *_):
         return Pullback.apply(g_dot, *ctx.saved_tensors, ctx.mirror)
 
-
+# %% ../nbs/04_rotation.ipynb #e14dba08
 def pushforward(u: Tensor, z: Tensor, q: Tensor, gamma, mirror: bool) -> Tensor:
     "`γ M u`: the transpose of the map from ẑ to q̂ is the one from q̂ to ẑ."
     scale = length_ratio(z, q) if gamma is None else gamma
@@ -134,7 +134,7 @@ class HeldMap(torch.autograd.Function):
         held = (t if t is None else t.detach() for t in ctx.saved_tensors)
         return Pullback.apply(g, *held, ctx.mirror), None, None, None
 
-
+# %% ../nbs/04_rotation.ipynb #94680a1c
 class HeldMapDual(HeldMap):
     "The same with a derivative in forward mode, which `torch.compile` does not take."
 
@@ -142,7 +142,7 @@ class HeldMapDual(HeldMap):
     def jvp(ctx, z_dot, *_):
         return pushforward(z_dot, *ctx.saved_tensors, ctx.mirror)
 
-
+# %% ../nbs/04_rotation.ipynb #5b418628
 def held_map(z: Tensor, q: Tensor, gamma, mirror: bool) -> Tensor:
     "`HeldMap` for a pair that is checked first."
     function = HeldMap if torch.compiler.is_compiling() else HeldMapDual
@@ -169,7 +169,7 @@ def rotation_trick(
     """
     return held_map(z, q, gamma, mirror=False)
 
-
+# %% ../nbs/04_rotation.ipynb #04ec1832
 def expand_gamma(gamma: float | Tensor | None, z: Tensor) -> Tensor | None:
     "`gamma` as a tensor of shape `z.shape[:-1]`, or `None`."
     if gamma is None:

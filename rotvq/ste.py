@@ -20,9 +20,13 @@ def check_pair(z: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
             "Take q = codebook[indices]."
         )
     if not (z.is_floating_point() and q.is_floating_point()):
-        raise TypeError(f"z is {z.dtype} and q {q.dtype}: both must be floating point. Convert with .float().")
+        raise TypeError(
+            f"z is {z.dtype} and q {q.dtype}: both must be floating point. Convert with .float()."
+        )
     if z.device != q.device:
-        raise ValueError(f"z is on {z.device} and q on {q.device}. Move one with .to(device).")
+        raise ValueError(
+            f"z is on {z.device} and q on {q.device}. Move one with .to(device)."
+        )
     if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         torch._dynamo.graph_break()  # compiled, torch.func would find a gradient of 0
     if z.dtype == q.dtype:
@@ -46,7 +50,7 @@ class _StraightThrough(torch.autograd.Function):
     def backward(ctx, g):
         return g, None
 
-
+# %% ../nbs/02_ste.ipynb #deee525d
 class _StraightThroughDual(_StraightThrough):
     "The same with a derivative in forward mode, which `torch.compile` does not take."
 
@@ -54,7 +58,7 @@ class _StraightThroughDual(_StraightThrough):
     def jvp(ctx, z_dot, q_dot):
         return z_dot
 
-
+# %% ../nbs/02_ste.ipynb #bc1a9f13
 def straight_through(
     z: Tensor,  # encoder outputs, `(..., d)`
     q: Tensor,  # their codes, same shape
@@ -71,7 +75,9 @@ def straight_through(
     >>> q.tolist(), z.grad.tolist()
     ([0.0, 2.0], [0.0, 1.0])
     """
-    function = _StraightThrough if torch.compiler.is_compiling() else _StraightThroughDual
+    function = (
+        _StraightThrough if torch.compiler.is_compiling() else _StraightThroughDual
+    )
     return function.apply(*check_pair(z, q))
 
 # %% ../nbs/02_ste.ipynb #540271a8
@@ -89,15 +95,19 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        return torch.einsum("...ij,...i->...j", ctx.saved_tensors[0].detach(), g), None, None
+        return (
+            torch.einsum("...ij,...i->...j", ctx.saved_tensors[0].detach(), g),
+            None,
+            None,
+        )
 
-
+# %% ../nbs/02_ste.ipynb #70e897ec
 class _LinearDual(_Linear):
     @staticmethod
     def jvp(ctx, z_dot, q_dot, G_dot):
         return torch.einsum("...ij,...j->...i", ctx.saved_tensors[0].detach(), z_dot)
 
-
+# %% ../nbs/02_ste.ipynb #e95fd345
 def linear_estimator(
     z: Tensor,  # encoder outputs, `(..., d)`
     q: Tensor,  # their codes, same shape
@@ -107,6 +117,8 @@ def linear_estimator(
     z, q = check_pair(z, q)
     d = z.shape[-1]
     if G.shape[-2:] != (d, d):
-        raise ValueError(f"G has shape {tuple(G.shape)}; for d = {d} it must end in ({d}, {d}).")
+        raise ValueError(
+            f"G has shape {tuple(G.shape)}; for d = {d} it must end in ({d}, {d})."
+        )
     function = _Linear if torch.compiler.is_compiling() else _LinearDual
     return function.apply(z, q, G.expand(*z.shape, d))

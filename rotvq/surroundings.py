@@ -21,24 +21,26 @@ from .rotation import pullback
 def _(z, codes, offset, tile):
     return z.new_empty(z.shape[0], dtype=torch.int64)  # len(z) would fix the number
 
-
+# %% ../nbs/83_surroundings.ipynb #96c315d6
 @pullback.register_fake
 def _(g, z, q, gamma, mirror):
     return torch.empty(g.shape, dtype=g.dtype, device=g.device)
 
-
+# %% ../nbs/83_surroundings.ipynb #af9fe88a
 def lead(x, dim: int | None, size: int):
     "`x` with the mapped dimension first; what is no tensor stays."
     if not isinstance(x, Tensor):
         return x
     return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
 
-
+# %% ../nbs/83_surroundings.ipynb #e6514b24
 @pullback.register_vmap
 def _(info, in_dims, *args):
-    return pullback(*(lead(x, dim, info.batch_size) for x, dim in zip(args, in_dims))), 0
+    return pullback(
+        *(lead(x, dim, info.batch_size) for x, dim in zip(args, in_dims))
+    ), 0
 
-
+# %% ../nbs/83_surroundings.ipynb #841cbc82
 @best_code.register_vmap
 def _(info, in_dims, *args):
     *tensors, tile = (lead(x, dim, info.batch_size) for x, dim in zip(args, in_dims))
@@ -49,7 +51,7 @@ def in_backward() -> bool:
     "Whether a backward pass runs: what is computed now is computed again."
     return torch._C._current_graph_task_id() != -1
 
-
+# %% ../nbs/83_surroundings.ipynb #be53b732
 MOVED = (
     "Activation checkpointing runs this layer again in the backward pass, but its codes "
     "have moved since: gradients would be wrong. Leave the quantizer out of the "
@@ -64,7 +66,7 @@ def _separate(x: Tensor, once: bool) -> Tensor:
         raise RuntimeError(MOVED)
     return x.clone()
 
-
+# %% ../nbs/83_surroundings.ipynb #0e6a1a8b
 _separate.register_fake(lambda x, once: torch.empty_like(x))
 _separate.register_autograd(lambda ctx, g: (g, None))
 
@@ -82,17 +84,17 @@ def separate(
 def _first_time(x: Tensor) -> Tensor:
     return torch.full((), not in_backward(), device=x.device)
 
-
+# %% ../nbs/83_surroundings.ipynb #764a88b9
 @_first_time.register_fake
 def _(x):
     return torch.empty((), dtype=torch.bool, device=x.device)
 
-
+# %% ../nbs/83_surroundings.ipynb #55184646
 def first_time(x: Tensor) -> Tensor | bool:
     "Whether a compiled graph is not run again by a backward pass; on `x`'s device."
     return _first_time(x) if torch.compiler.is_compiling() else True
 
-
+# %% ../nbs/83_surroundings.ipynb #90c5e05e
 def outside_graphs(why: str) -> Callable:
     "A decorator: a compiled graph breaks here; if it must not, PyTorch ≥ 2.7 says why."
     can_say = "reason" in inspect.signature(torch.compiler.disable).parameters

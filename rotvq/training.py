@@ -39,7 +39,9 @@ class Preset:
     size: int = 64  # side of the pictures, pixels
     batch: int = 64
     epochs: int = 5
-    lr: float = 3e-4  # AdamW, betas (0.9, 0.99), no weight decay, gradients clipped to norm 1
+    lr: float = (
+        3e-4  # AdamW, betas (0.9, 0.99), no weight decay, gradients clipped to norm 1
+    )
     width: int = 64  # channels of the model
     dim: int = 32  # channels of z
     codebook_size: int = 1024  # K
@@ -49,11 +51,20 @@ class Preset:
     limit: int | None = None  # use only this many pictures of each split
     amp: bool = False  # bfloat16 autocast
 
-
+# %% ../nbs/12_training.ipynb #b93521a5
 PRESETS = {
     p.name: p
     for p in (
-        Preset("smoke", size=32, batch=16, epochs=2, width=16, dim=8, codebook_size=64, limit=128),
+        Preset(
+            "smoke",
+            size=32,
+            batch=16,
+            epochs=2,
+            width=16,
+            dim=8,
+            codebook_size=64,
+            limit=128,
+        ),
         Preset("cpu"),
         Preset("cuda", size=128, batch=128, epochs=30, width=128, amp=True),
     )
@@ -65,7 +76,11 @@ def find_preset(preset: str | Preset = "auto") -> Preset:
     if isinstance(preset, Preset):
         return preset
     if preset == "auto":
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        accelerator = (
+            torch.accelerator.current_accelerator()
+            if torch.accelerator.is_available()
+            else None
+        )
         preset = os.environ.get("ROTVQ_PRESET", "").replace("auto", "") or (
             "cuda" if accelerator is not None and accelerator.type == "cuda" else "cpu"
         )
@@ -73,11 +88,13 @@ def find_preset(preset: str | Preset = "auto") -> Preset:
         raise ValueError(f"preset is {preset!r}; choose one of {['auto', *PRESETS]}.")
     return PRESETS[preset]
 
-
+# %% ../nbs/12_training.ipynb #804f443b
 def best_device() -> torch.device:
     "The accelerator if there is one, else the CPU."
     return (
-        torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+        torch.accelerator.current_accelerator()
+        if torch.accelerator.is_available()
+        else torch.device("cpu")
     )
 
 # %% ../nbs/12_training.ipynb #1f675a20
@@ -85,7 +102,7 @@ def to_float(images: Tensor) -> Tensor:
     "Bytes to floats on [−1, 1]."
     return images.float() / 127.5 - 1
 
-
+# %% ../nbs/12_training.ipynb #9d68db31
 def batches(
     images: Tensor,  # uint8 `(N, 3, H, W)`
     batch: int,
@@ -97,10 +114,14 @@ def batches(
     generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
     batch = min(batch, len(images))
     order = torch.randperm(len(images), generator=generator).to(images.device)
-    flips = (torch.rand(len(images), generator=generator) < 0.5)[:, None, None, None].to(device)
+    flips = (torch.rand(len(images), generator=generator) < 0.5)[
+        :, None, None, None
+    ].to(device)
     for i in range(0, len(images) - batch + 1, batch):
         x = to_float(images[order[i : i + batch]].to(device))
-        yield torch.where(flips[i : i + batch], x.flip(-1), x).contiguous(memory_format=torch.channels_last)
+        yield torch.where(flips[i : i + batch], x.flip(-1), x).contiguous(
+            memory_format=torch.channels_last
+        )
 
 # %% ../nbs/12_training.ipynb #a82b79f3
 class Stopwatch:
@@ -126,11 +147,13 @@ class Stopwatch:
         "Seconds so far."
         if self.cuda:
             torch.cuda.synchronize()
-        self.total += sum(a.elapsed_time(b) / 1e3 if self.cuda else b - a for a, b in self.events)
+        self.total += sum(
+            a.elapsed_time(b) / 1e3 if self.cuda else b - a for a, b in self.events
+        )
         self.events = []
         return self.total
 
-
+# %% ../nbs/12_training.ipynb #f23fb523
 class Learner:
     "A model, its optimizer and one training step."
 
@@ -150,11 +173,20 @@ class Learner:
         self.opt = torch.optim.AdamW(
             self.model.parameters(), lr=preset.lr, betas=(0.9, 0.99), weight_decay=0
         )
-        self.amp, self.device, self.seed, self.watch = preset.amp, device, seed, Stopwatch(device)
+        self.amp, self.device, self.seed, self.watch = (
+            preset.amp,
+            device,
+            seed,
+            Stopwatch(device),
+        )
 
     def step(self, x: Tensor) -> tuple[Tensor, Tensor]:
         "One update on the batch `x`; returns the reconstruction error and the code counts of the batch."
-        with torch.autocast(self.device.type, torch.bfloat16) if self.amp else nullcontext():
+        with (
+            torch.autocast(self.device.type, torch.bfloat16)
+            if self.amp
+            else nullcontext()
+        ):
             x_hat, indices, commitment = self.model(x)
         mse = (x_hat.float() - x).square().mean()
         self.opt.zero_grad(set_to_none=True)
@@ -181,7 +213,8 @@ def evaluate(
     model.eval()
     total = torch.zeros(2, device=device)
     counts = torch.zeros(model.config["codebook_size"], device=device)
-    sums, squares = torch.zeros(2, model.config["dim"], device=device)  # of z, for its variance
+    # of z, for its variance
+    sums, squares = torch.zeros(2, model.config["dim"], device=device)
     for part in images.split(batch):
         x = to_float(part.to(device)).contiguous(memory_format=torch.channels_last)
         z = model.encoder(x)
@@ -194,7 +227,12 @@ def evaluate(
     model.train(was_training)
     mse, error = (total / len(images)).tolist()
     variance = (squares / len(images) - (sums / len(images)).square()).mean().item()
-    result = {"mse": mse, "psnr": psnr(mse), "quantization_error": error, "relative_error": error / variance}
+    result = {
+        "mse": mse,
+        "psnr": psnr(mse),
+        "quantization_error": error,
+        "relative_error": error / variance,
+    }
     return result | {
         "usage": usage(counts).item(),
         "perplexity": perplexity(counts).item(),
@@ -207,28 +245,36 @@ def write_atomically(file: Path, text: str) -> None:
     with replacing(file) as partial_file:
         partial_file.write_text(text, encoding="utf-8")
 
-
+# %% ../nbs/12_training.ipynb #af31eded
 def hardware(device: torch.device) -> dict:
     "What a run was made on."
     cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     return {"device": device.type, "name": name, "torch": torch.__version__}
 
-
+# %% ../nbs/12_training.ipynb #cb73ae1b
 def load_state(out: Path) -> dict:
     "The state of the run in `out`; raises if there is none, or none that can be read."
     file = Path(out) / "state.pt"
     if not file.exists():
-        raise ValueError(f"{out} holds no run to resume (no state.pt). Start it without --resume.")
+        raise ValueError(
+            f"{out} holds no run to resume (no state.pt). Start it without --resume."
+        )
     try:
-        with zipfile.ZipFile(file) as archive:  # which is what torch.save writes, with checksums nobody looks at
+        # which is what torch.save writes, with checksums nobody looks at
+        with zipfile.ZipFile(file) as archive:
             if spoilt := archive.testzip():
                 raise ValueError(f"wrong checksum of {spoilt}")
         state = torch.load(file, map_location="cpu", weights_only=True)
-        return state | {"config": json.loads(state["config"]), "rows": json.loads(state["rows"])}
+        return state | {
+            "config": json.loads(state["config"]),
+            "rows": json.loads(state["rows"]),
+        }
     except Exception as error:  # a damaged file fails in many ways
         said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        raise ValueError(f"{file} cannot be read ({said}). Start another run.") from error
+        raise ValueError(
+            f"{file} cannot be read ({said}). Start another run."
+        ) from error
 
 # %% ../nbs/12_training.ipynb #ae3064ba
 class Run:
@@ -244,18 +290,38 @@ class Run:
 
     def save(self, learners: dict[str, Learner], epoch: int) -> None:
         "Write models, metrics and, last, the state to resume from."
-        public = {k: v for k, v in self.config.items() if k != "root"}  # a path of this machine, for resuming only
-        about = {"run": public, "machine": hardware(next(iter(learners.values())).device)}
+        # a path of this machine, for resuming only
+        public = {k: v for k, v in self.config.items() if k != "root"}
+        about = {
+            "run": public,
+            "machine": hardware(next(iter(learners.values())).device),
+        }
         for name, learner in learners.items():
             learner.model.save_pretrained(self.folder(name), **about)
             mine = [row for row in self.rows if row["estimator"] == name]
-            write_atomically(self.folder(name) / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in mine))
+            write_atomically(
+                self.folder(name) / "metrics.jsonl",
+                "".join(json.dumps(row) + "\n" for row in mine),
+            )
         if len(self.estimators) > 1:
-            write_atomically(self.out / "config.json", json.dumps(about, indent=1) + "\n")
-            write_atomically(self.out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
-        state = {"epoch": epoch, "config": json.dumps(self.config), "rows": json.dumps(self.rows)}
+            write_atomically(
+                self.out / "config.json", json.dumps(about, indent=1) + "\n"
+            )
+            write_atomically(
+                self.out / "metrics.jsonl",
+                "".join(json.dumps(row) + "\n" for row in self.rows),
+            )
+        state = {
+            "epoch": epoch,
+            "config": json.dumps(self.config),
+            "rows": json.dumps(self.rows),
+        }
         state["learners"] = {
-            name: (learner.model.state_dict(), learner.opt.state_dict(), learner.watch.read())
+            name: (
+                learner.model.state_dict(),
+                learner.opt.state_dict(),
+                learner.watch.read(),
+            )
             for name, learner in learners.items()
         }
         with replacing(self.out / "state.pt") as partial_file:
@@ -265,7 +331,11 @@ class Run:
         "Restore the state; returns the number of finished epochs. Raises if the run had other settings."
         state = load_state(self.out)
         held = state["config"]
-        differs = {k: (held.get(k), v) for k, v in self.config.items() if k != "root" and held.get(k) != v}
+        differs = {
+            k: (held.get(k), v)
+            for k, v in self.config.items()
+            if k != "root" and held.get(k) != v
+        }
         if differs:
             raise ValueError(
                 f"{self.out} was run with other settings (there, here): {differs}. Use those, or another folder."
@@ -285,15 +355,27 @@ def diverged(name: str, value: float, where: str) -> FloatingPointError:
         "learning rate: train(dataclasses.replace(PRESETS[...], lr=...))."
     )
 
-
+# %% ../nbs/12_training.ipynb #4a2ab4da
 class _Bars:
     "A progress bar for each learner, and sums of what it showed."
 
-    def __init__(self, names, total: int, title: str, quiet: bool, device: torch.device):
-        self.total, self.title, self.every = total, title, 5 if device.type == "cpu" else 25
+    def __init__(
+        self, names, total: int, title: str, quiet: bool, device: torch.device
+    ):
+        self.total, self.title, self.every = (
+            total,
+            title,
+            5 if device.type == "cpu" else 25,
+        )
         self.sums = {name: torch.zeros(3, device=device) for name in names}
         self.bars = {
-            name: tqdm(total=total, desc=f"{title} {name:10}", position=i, leave=False, disable=quiet or None)
+            name: tqdm(
+                total=total,
+                desc=f"{title} {name:10}",
+                position=i,
+                leave=False,
+                disable=quiet or None,
+            )
             for i, name in enumerate(names)
         }
 
@@ -307,18 +389,28 @@ class _Bars:
         loss, used, perp = now.tolist()
         if not math.isfinite(loss):
             raise diverged(name, loss, f"{self.title}, step {step + 1}")
-        self.bars[name].set_postfix_str(f"loss {loss:.4f}, codes used {used:.0%}, perplexity {perp:.0f}")
+        self.bars[name].set_postfix_str(
+            f"loss {loss:.4f}, codes used {used:.0%}, perplexity {perp:.0f}"
+        )
 
     def close(self) -> dict[str, dict]:
         "Remove the bars; means over the steps for metrics.jsonl."
         for bar in self.bars.values():
             bar.close()
         keys = ("train_mse", "batch_usage", "batch_perplexity")
-        return {name: dict(zip(keys, (s / self.total).tolist())) for name, s in self.sums.items()}
+        return {
+            name: dict(zip(keys, (s / self.total).tolist()))
+            for name, s in self.sums.items()
+        }
 
 # %% ../nbs/12_training.ipynb #6b5f8589
 def run_epoch(
-    preset: Preset, learners: dict[str, Learner], images: Tensor, seed: int, epoch: int, quiet: bool = False
+    preset: Preset,
+    learners: dict[str, Learner],
+    images: Tensor,
+    seed: int,
+    epoch: int,
+    quiet: bool = False,
 ) -> dict[str, dict]:  # for each learner: means of the training metrics
     "One epoch: each batch goes to every learner in turn."
     device = next(iter(learners.values())).device
@@ -336,7 +428,7 @@ def run_epoch(
         means = bars.close()
     return means
 
-
+# %% ../nbs/12_training.ipynb #7965ffb2
 def describe(row: dict) -> str:
     "One line of metrics.jsonl for people."
     return (
@@ -353,21 +445,25 @@ def alone_in(folder: Path):
     try:
         lock.acquire()
     except Timeout:
-        raise ValueError(f"Another process is training in {folder}. Wait for it, or choose another folder.") from None
+        raise ValueError(
+            f"Another process is training in {folder}. Wait for it, or choose another folder."
+        ) from None
     try:
         yield
     finally:  # the file may stay: without it, two others could lock two files of this name
         lock.release()
 
-
+# %% ../nbs/12_training.ipynb #0f0cabb6
 def check_folder(folder: Path, resume: bool) -> None:
     "Raise unless there is a run to resume, or, for a new one, none."
     if resume:
         load_state(folder)
     elif (folder / "state.pt").exists():
-        raise ValueError(f"{folder} holds a run. Continue it with --resume (resume=True), or choose another folder.")
+        raise ValueError(
+            f"{folder} holds a run. Continue it with --resume (resume=True), or choose another folder."
+        )
 
-
+# %% ../nbs/12_training.ipynb #73f1abb8
 def train(
     preset: str | Preset = "auto",
     estimators: str | tuple[str, ...] = "rotation",  # one or several, side by side
@@ -379,33 +475,62 @@ def train(
     quiet: bool = False,  # no bars and no lines
 ) -> Run:
     "Train one model per estimator on the same batches from the same initial weights, and write the run folder."
-    preset, device, out = find_preset(preset), torch.device(device or best_device()), Path(out)
+    preset, device, out = (
+        find_preset(preset),
+        torch.device(device or best_device()),
+        Path(out),
+    )
     estimators = (estimators,) if isinstance(estimators, str) else tuple(estimators)
     if not estimators or len(set(estimators)) < len(estimators):
         raise ValueError(f"estimators is {estimators}; name one or several, each once.")
     check_folder(out, resume)
     source = data if isinstance(data, Source) else imagenet10(data)
     train_set, val_set = (
-        ImageNet10(split, preset.size, source, preset.limit).images.to(device) for split in ("train", "val")
+        ImageNet10(split, preset.size, source, preset.limit).images.to(device)
+        for split in ("train", "val")
     )
     out.mkdir(parents=True, exist_ok=True)
     with alone_in(out):
-        check_folder(out, resume)  # another process may have trained here while the pictures were decoded
-        config = {"preset": dataclasses.asdict(preset), "estimators": list(estimators), "seed": seed}
+        # another process may have trained here while the pictures were decoded
+        check_folder(out, resume)
+        config = {
+            "preset": dataclasses.asdict(preset),
+            "estimators": list(estimators),
+            "seed": seed,
+        }
         root = "sample" if source == SAMPLE else str(source.root.resolve())
-        run = Run(out, config | {"data": source.name, "root": root, "pictures": len(train_set)})
+        run = Run(
+            out,
+            config | {"data": source.name, "root": root, "pictures": len(train_set)},
+        )
         learners = {name: Learner(preset, name, seed, device) for name in estimators}
         start = run.load(learners) if resume else 0
         if not resume and preset.init == "kmeans":
             for learner in learners.values():
-                learner.place_codes(next(batches(train_set, preset.batch, seed, 0, device)))
+                learner.place_codes(
+                    next(batches(train_set, preset.batch, seed, 0, device))
+                )
         for epoch in range(start, preset.epochs):
             means = run_epoch(preset, learners, train_set, seed, epoch, quiet)
             for name, learner in learners.items():
-                row = {"epoch": epoch + 1, "estimator": name, "seed": seed, "data": source.name}
-                row |= evaluate(learner.model, val_set) | means[name] | {"seconds": round(learner.watch.read(), 1)}
-                if not (math.isfinite(row["mse"]) and math.isfinite(row["quantization_error"])):
-                    raise diverged(name, row["mse"], f"the validation after epoch {epoch + 1}")
+                row = {
+                    "epoch": epoch + 1,
+                    "estimator": name,
+                    "seed": seed,
+                    "data": source.name,
+                }
+                row |= (
+                    evaluate(learner.model, val_set)
+                    | means[name]
+                    | {"seconds": round(learner.watch.read(), 1)}
+                )
+                if not (
+                    math.isfinite(row["mse"])
+                    and math.isfinite(row["quantization_error"])
+                ):
+                    raise diverged(
+                        name, row["mse"], f"the validation after epoch {epoch + 1}"
+                    )
                 run.rows.append(row)
                 if not quiet:
                     print(describe(row), flush=True)
