@@ -19,6 +19,7 @@ from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to
 from measure import ROOT, page
 from rotvq import VectorQuantizer, cpu, kernels, rotation_trick
 from rotvq.codebook import best_code_definition, code_sums
+from rotvq.quantizer import quantization_loss
 from rotvq.rotation import pullback_definition, pullback_formula, rounding
 
 ESTIMATORS = [(65536, 32), (16384, 256), (65536, 4)]
@@ -122,7 +123,7 @@ def layers(n: int, d: int, K: int) -> dict:
 
 def loss_of(net, z, indices):
     q = net.codebook[indices]
-    return lambda: torch.autograd.grad(net._loss(net._rows(z, None), q), z)
+    return lambda: torch.autograd.grad(quantization_loss(net._rows(z, None), q, 1.0, False), z)
 
 
 def main():
