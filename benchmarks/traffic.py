@@ -31,6 +31,9 @@ def in_float32(g, z, q, gamma, mirror):
     return pullback_formula(g, z, q, gamma, mirror, rounding(z))
 
 
+FREE = ("detach", "_local_scalar_dense", "aten.empty", "aten.new_empty")   # they move nothing
+
+
 class Traffic(TorchDispatchMode):
     "Counts kernels and bytes. `forms` says what an operator runs; one that is not named there is one kernel."
 
@@ -43,29 +46,53 @@ class Traffic(TorchDispatchMode):
         if form is not None:
             with self: return form(*args)
         out = func(*args, **(kwargs or {}))
-        if not func.is_view and "detach" not in str(func) and "_local_scalar_dense" not in str(func):
-            self.kernels += 1
-            self.bytes += sum(t.numel() * t.element_size() for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor))
+        if not func.is_view and not any(name in str(func) for name in FREE): self.count((args, kwargs, out))
         return out
+
+    def count(self, tensors) -> None:
+        "One kernel that reads or writes these."
+        self.kernels += 1
+        self.bytes += sum(t.numel() * t.element_size() for t in tree_leaves(tensors) if isinstance(t, torch.Tensor))
 
 
 PULLBACK, BEST_CODE = torch.ops.rotvq.pullback.default, torch.ops.rotvq.best_code.default
+PROCESSORS = 132                                                          # of an H100
 
 
-def on_gpu(d: int) -> dict:
-    "What a GPU with Triton runs for vectors of d numbers."
-    forms = {} if d <= kernels.LONGEST else {PULLBACK: pullback_definition}
-    return forms | ({} if d <= kernels.LONGEST_SEARCH else {BEST_CODE: lambda z, codes, offset, tile: best_code_definition(z, codes, offset, 2**24)})
+class Kernel:
+    "Stands where a Triton kernel is launched: counts it, and the tensors that it gets, as read or written once."
+
+    def __init__(self, seen: Traffic): self.seen = seen
+
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            self.seen.count(args)
+            for t in args:                                                # indices that can be looked up, unseen by the count
+                if isinstance(t, torch.Tensor) and t.dtype == torch.int64: t.numpy().fill(0)
+        return launch
 
 
-WITHOUT_TRITON = {PULLBACK: pullback_definition, BEST_CODE: lambda z, codes, offset, tile: best_code_definition(z, codes, offset, 2**24)}
+def in_tiles(z, codes, offset, tile): return best_code_definition(z, codes, offset, 2**24)
+
+
+def on_gpu(n: int, d: int) -> dict:
+    "What a GPU with Triton runs for n vectors of d numbers, by the code that launches it."
+    forms = {PULLBACK: kernels.launch_pullback if d <= kernels.LONGEST else pullback_definition}
+    return forms | {BEST_CODE: (lambda z, codes, offset, tile: kernels.launch_search(z, codes, offset)) if kernels.is_faster(n, d, PROCESSORS) else in_tiles}
+
+
+WITHOUT_TRITON = {PULLBACK: pullback_definition, BEST_CODE: in_tiles}
 APPLE = WITHOUT_TRITON | {PULLBACK: in_float32}
 CPU = {PULLBACK: cpu.pullback_in_blocks, BEST_CODE: cpu.best_code_by_groups}
 
 
 def counted(call, forms: dict, unit: int) -> dict:
     "Kernels, and bytes in multiples of `unit`."
-    with Traffic(forms) as seen: call()
+    real = kernels.pullback_kernel, kernels.search_kernel
+    with Traffic(forms) as seen:
+        kernels.pullback_kernel = kernels.search_kernel = Kernel(seen)
+        try: call()
+        finally: kernels.pullback_kernel, kernels.search_kernel = real
     return {"kernels": seen.kernels, "bytes": seen.bytes / unit}
 
 
@@ -88,7 +115,7 @@ def estimators(n: int, d: int) -> dict:
     unit = 4 * n * d
     once = lambda f: lambda: torch.autograd.grad(f(z, q), z, g)
     ste = lambda z, q: z + (q - z).detach()
-    rows = {"rotvq, a GPU with Triton": counted(once(rotation_trick), on_gpu(d), unit),
+    rows = {"rotvq, a GPU with Triton": counted(once(rotation_trick), on_gpu(n, d), unit),
             "rotvq, a GPU without Triton": counted(once(rotation_trick), WITHOUT_TRITON, unit),
             "rotvq, without float64 (Apple)": counted(once(rotation_trick), APPLE, unit),
             "rotvq, a CPU, in its cache": counted(once(rotation_trick), CPU, unit),
@@ -113,7 +140,7 @@ def layers(n: int, d: int, K: int) -> dict:
         return call
 
     indices = ours.encode(z)
-    rows = {"rotvq, a GPU with Triton": counted(step(ours), on_gpu(d), unit),
+    rows = {"rotvq, a GPU with Triton": counted(step(ours), on_gpu(n, d), unit),
             "rotvq, a GPU without Triton": counted(step(ours), WITHOUT_TRITON, unit),
             "vector_quantize_pytorch": counted(step(theirs), {}, unit),
             "rotvq, the sums alone": counted(lambda: code_sums(z, indices, K), {}, unit),

@@ -22,7 +22,9 @@ def best_code_definition(
     offset: Tensor,  # `(K,)`
     tile: int,  # scores held at once
 ) -> Tensor:  # `(N,)` int64
-    "The `k` with the largest `z · codes[k] + offset[k]`, the lowest one on ties."
+    """The `k` with the largest `z · codes[k] + offset[k]`, the lowest one on ties.
+
+    Where a score is NaN it is some `k`, not the same on every device."""
     parts = z.split(max(1, tile // len(codes)))
     return torch.cat([torch.addmm(offset, x, codes.T).argmax(1) for x in parts])
 
@@ -66,8 +68,8 @@ def nearest_code(
 ) -> Tensor:  # indices `(...)`, int64
     """Index of the code nearest to each `z`, the lowest on ties.
 
-    Computes in at least float32, autocast or not. Raises `TypeError` or `ValueError`
-    for a wrong dtype, shape or distance.
+    Computes in at least float32, autocast or not; there lengths from 1e-18 to 1e18 are
+    good. Raises `TypeError` or `ValueError` for a wrong dtype, shape or device.
 
     >>> nearest_code(torch.tensor([1., 2.]), torch.tensor([[0., 3.], [3., 2.]]))
     tensor(0)
@@ -83,7 +85,8 @@ def nearest_code(
         if distance == "cosine":
             codes, offset = normalize(codes, dim=1), codes.new_zeros(len(codes))
         else:
-            from_mean = (codes - flat.mean(0)).square().sum(1)
+            middle = flat.nan_to_num(0, 0, 0).mean(0)  # one bad row must not move it
+            from_mean = (codes - middle).square().sum(1)
             origin = codes[from_mean.argmin(0, keepdim=True)]
             flat, codes = flat - origin, codes - origin
             offset = -0.5 * codes.square().sum(1)
@@ -116,6 +119,11 @@ def _check_lookup(z: Tensor, codebook: Tensor, distance: str):
         raise ValueError(
             f"z has shape {tuple(z.shape)} and the codebook {tuple(codebook.shape)}: "
             "the last dimensions must agree. Move the channels of z last."
+        )
+    if z.device != codebook.device:
+        raise ValueError(
+            f"z is on {z.device} and the codebook on {codebook.device}. Move one with "
+            ".to(device)."
         )
 
 # %% ../nbs/01_vqvae.ipynb #f8924239

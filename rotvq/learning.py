@@ -183,7 +183,7 @@ class LearningCodebook(Codebook):
 
     @torch.no_grad()
     def _revive(self, rows: Rows) -> None:
-        "Put codes that were idle for too long on vectors of the batch, if all are finite."
+        "Put codes that waited for too long on vectors of the batch, if all are finite."
         usable = rows.usable()
         spoilt = all_reduce_sum(rows.fill(~usable, False).sum(), self.sync) > 0
         seed = scrambled(self.salt) + self.batches

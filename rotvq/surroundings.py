@@ -7,6 +7,7 @@ __all__ = ['MOVED', 'lead', 'in_backward', 'separate', 'first_time', 'outside_gr
 
 # %% ../nbs/83_surroundings.ipynb #227a4109
 import inspect
+import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
@@ -100,24 +101,48 @@ def outside_graphs(why: str) -> Callable:
     can_say = "reason" in inspect.signature(torch.compiler.disable).parameters
     return partial(torch.compiler.disable, **({"reason": why} if can_say else {}))
 
-# %% ../nbs/83_surroundings.ipynb #c5525480
+# %% ../nbs/83_surroundings.ipynb #9050402c
+def _matmul(device: str):
+    return (torch.backends.cuda if device == "cuda" else torch.backends.mkldnn).matmul
+
+
+def _allowed(device: str, new: str | None = None) -> str:
+    "How products on a device may be rounded, before it is set to `new`."
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # before PyTorch 2.9
+        before = torch.get_float32_matmul_precision()
+        if new is not None:
+            torch.set_float32_matmul_precision("highest" if new == "ieee" else new)
+        return "ieee" if before == "highest" else before
+    matmul = _matmul(device)
+    before = matmul.fp32_precision
+    if new is not None:
+        matmul.fp32_precision = "none"  # what a more general setting says
+        if matmul.fp32_precision != new:
+            matmul.fp32_precision = new
+    return before
+
+# %% ../nbs/83_surroundings.ipynb #02688d61
+_exact, _lock = {}, threading.Lock()  # for each device: how many ask, what was allowed
+
+
 @contextmanager
 def exact_products(device: str):
-    "A context in which products of float32 matrices are not rounded."
-    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-        backend = torch.backends.cuda if device == "cuda" else torch.backends.mkldnn
-        before, backend.matmul.fp32_precision = backend.matmul.fp32_precision, "ieee"
-        try:
-            yield
-        finally:
-            backend.matmul.fp32_precision = before
-    else:  # before PyTorch 2.9
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
+    "A context in which products of float32 matrices are not rounded, in any thread."
+    with _lock:
+        asking, before = _exact.get(device, (0, None))
+        if not asking:
+            before = _allowed(device)
+            if before not in ("none", "ieee"):
+                _allowed(device, "ieee")
+        _exact[device] = asking + 1, before
+    try:
+        yield
+    finally:
+        with _lock:
+            asking, before = _exact[device]
+            _exact[device] = asking - 1, before
+            if asking == 1 and before not in ("none", "ieee"):
+                _allowed(device, before)
 
 # %% ../nbs/83_surroundings.ipynb #131e34b7
 class ExactBuffers(nn.Module):

@@ -173,3 +173,67 @@ def test_sums_and_counts_leave_padding_out():
     assert torch.equal(code_counts(indices.view(4, 25), 5), batch[:, -1])
     assert code_sums(z.bfloat16(), indices, 5).dtype == torch.float32 and code_sums(z.double(), indices, 5).dtype == torch.float64
     assert usage(batch[:, -1]) == 1 and 1 < perplexity(batch[:, -1]) <= 5 and perplexity(torch.zeros(3)) == 1
+
+
+@pytest.mark.parametrize("allowed", ["high", "medium"])
+def test_products_are_not_rounded_whatever_is_allowed(allowed):
+    "Which a CPU with bfloat16 products would do at medium, and a GPU at high."
+    g = torch.Generator().manual_seed(0)
+    z, codes = torch.randn(2000, 64, generator=g), torch.randn(512, 64, generator=g)
+    right = nearest_code(z, codes)
+    torch.set_float32_matmul_precision(allowed)
+    try:
+        assert torch.equal(nearest_code(z, codes), right)
+        assert torch.get_float32_matmul_precision() == allowed
+    finally: torch.set_float32_matmul_precision("highest")
+
+
+def test_a_lookup_for_each_codebook_by_vmap():
+    g = torch.Generator().manual_seed(0)
+    z, codes = torch.randn(3, 40, 5, generator=g), torch.randn(3, 30, 5, generator=g)
+    each = torch.stack([nearest_code(a, b) for a, b in zip(z, codes)])
+    assert torch.equal(torch.func.vmap(nearest_code)(z, codes), each)
+    one = torch.stack([nearest_code(a, codes[0]) for a in z])
+    assert torch.equal(torch.func.vmap(nearest_code, in_dims=(0, None))(z, codes[0]), one)
+
+
+def test_the_setting_of_products_is_put_back_in_any_thread():
+    "What was inherited stays inherited; of many threads the last one puts back what was allowed."
+    from concurrent.futures import ThreadPoolExecutor
+    g = torch.Generator().manual_seed(0)
+    z, codes = torch.randn(500, 64, generator=g), torch.randn(64, 64, generator=g)
+    right = nearest_code(z, codes)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with ThreadPoolExecutor(4) as pool: found = list(pool.map(lambda _: nearest_code(z, codes), range(200)))
+        assert all(torch.equal(indices, right) for indices in found)
+        assert torch.get_float32_matmul_precision() == "medium"
+        if hasattr(torch.backends.cuda.matmul, "fp32_precision"): assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    finally: torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="a setting of PyTorch 2.9")
+def test_an_inherited_setting_stays_inherited():
+    from rotvq.surroundings import exact_products
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision, torch.backends.fp32_precision = "none", "tf32"
+    try:
+        with exact_products("cuda"): assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+        torch.backends.fp32_precision = "ieee"
+        assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+    finally: torch.backends.fp32_precision, torch.backends.cuda.matmul.fp32_precision = "none", before
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_one_bad_vector_does_not_move_the_origin_of_the_others(bad):
+    g = torch.Generator().manual_seed(0)
+    z, codes = torch.randn(400, 8, generator=g) + 100, torch.randn(100, 8, generator=g) + 100
+    codes[0] = 1e6
+    right = nearest_code(z[1:], codes)
+    z[0, 3] = bad
+    assert torch.equal(nearest_code(z, codes)[1:], right)
+
+
+def test_two_devices_are_refused():
+    with pytest.raises(ValueError, match="cpu.*meta"): nearest_code(torch.randn(3, 4), torch.randn(5, 4, device="meta"), distance="cosine")

@@ -33,8 +33,9 @@ def test_estimators_equal_the_cpu(trick, dtype):
 @pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_the_kernels_pass_their_checks_and_are_used(dtype, monkeypatch):
-    for check in (lambda: kernels.pullback_agrees(dtype, "cuda"), lambda: kernels.search_agrees("cuda")): assert check()
-    for d in (1, 3, 32, 100, 1000, 8192):
+    for d in (1, 4, 32):
+        assert kernels.search_agrees(d, torch.device("cuda")) and kernels.pullback_agrees(d, dtype, torch.device("cuda"))
+    for d in (1, 3, 32, 100, 1000, 4096):
         z, q, g = torch.randn(3, 500, d, generator=torch.Generator().manual_seed(d)).to("cuda", dtype)
         for mirror in (False, True):
             for gamma in (None, torch.rand(500, device="cuda")):
@@ -48,12 +49,14 @@ def test_the_kernels_pass_their_checks_and_are_used(dtype, monkeypatch):
 
 
 @pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
-@pytest.mark.parametrize("d, K", [(1, 1), (3, 100), (32, 1000), (64, 257)])
+@pytest.mark.parametrize("d, K", [(1, 1), (3, 100), (32, 1000), (32, 257)])
 def test_the_search_kernel_finds_the_lowest_of_equals(d, K):
     gen = torch.Generator().manual_seed(d)
     z, codes = (torch.randint(-2, 3, (n, d), generator=gen).float().cuda() for n in (1000, K))
-    offset = -0.5 * codes.square().sum(1)
-    assert torch.equal(kernels.launch_search(z, codes, offset), best_code_definition(z, codes, offset, 2**20))
+    for far in (0, 2049):                                                # of which TF32 would lose the last bit
+        offset = -0.5 * codes.square().sum(1) * (far == 0)
+        exact = best_code_definition(z.double(), codes.double() + far, offset.double(), 2**20)
+        assert torch.equal(kernels.launch_search(z, codes + far, offset), exact)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

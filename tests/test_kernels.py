@@ -31,7 +31,7 @@ def test_ahead_of_time_nothing_spills():
     sys.path.insert(0, str(ROOT / "benchmarks"))
     from ahead_of_time import JOBS, TARGETS, compiled
     for target in TARGETS:
-        for job in ("pullback, d = 32", "mirror and γ, d = 32, float16", "search, d = 32"):
+        for job in ("pullback, d = 32", "pullback, d = 100", "mirror and γ, d = 32, float16", "search, d = 32"):
             row = compiled(target, job)
             assert row["spills"] == 0 and row["registers"] <= 255, row
             if row["float64"] is not None: assert row["float64"] == 0, row
@@ -42,9 +42,9 @@ def test_ahead_of_time_nothing_spills():
 
 @pytest.fixture
 def forget():
-    kernels.trusted.cache_clear()
+    kernels.verdicts.clear()
     yield
-    kernels.trusted.cache_clear()
+    kernels.verdicts.clear()
 
 
 def inputs(): return [*torch.randn(3, 50, 8, generator=torch.Generator().manual_seed(0)), None, False]
@@ -73,6 +73,45 @@ def test_a_search_that_cannot_be_trusted_is_not_used(monkeypatch, forget):
     assert torch.equal(found, best_code_definition(z, codes, torch.zeros(30), 2**20))
 
 
+@pytest.mark.parametrize("bits", [8, 11])
+def test_a_search_that_rounds_its_products_is_noticed(monkeypatch, bits):
+    "bfloat16 has 8 bits, TF32 has 11."
+    def rounded(x):
+        step = 2.0 ** (x.abs().clamp_min(1e-30).log2().floor() - bits + 1)
+        return (x / step).round() * step
+    monkeypatch.setattr(kernels, "launch_search", lambda z, codes, offset: best_code_definition(rounded(z), rounded(codes), offset, 2**20))
+    for d in (4, 32): assert not kernels.search_agrees(d, "cpu")
+    monkeypatch.setattr(kernels, "launch_search", lambda z, codes, offset: best_code_definition(z, codes, offset, 2**20))
+    for d in (1, 4, 32): assert kernels.search_agrees(d, "cpu")
+
+
+def test_a_kernel_that_fails_at_one_length_only_is_not_used_there(monkeypatch, forget):
+    def launch(g, *rest):
+        if g.shape[-1] == 7: raise RuntimeError("no such kernel")
+        return pullback_definition(g, *rest)
+    monkeypatch.setattr(kernels, "triton", kernels.triton or object())
+    monkeypatch.setattr(kernels, "launch_pullback", launch)
+    kernels.pullback_on_gpu(*torch.randn(3, 5, 8), None, False)
+    with pytest.warns(UserWarning, match="no such kernel"): kernels.pullback_on_gpu(*torch.randn(3, 5, 7), None, False)
+
+
+def test_nothing_is_checked_while_a_graph_is_captured(monkeypatch, forget):
+    monkeypatch.setattr(kernels, "triton", kernels.triton or object())
+    monkeypatch.setattr(kernels, "launch_pullback", pullback_definition)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    args = kernels.pullback_agrees, 8, torch.float32, torch.device("cpu")
+    assert not kernels.trusted(*args) and not kernels.verdicts
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert kernels.trusted(*args)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert kernels.trusted(*args)
+
+
+def test_which_search_is_taken():
+    assert kernels.is_faster(64 * 108, 32, 108) and not kernels.is_faster(64 * 108, 33, 108) and not kernels.is_faster(4096, 32, 108)
+
+
 def test_kernels_can_be_turned_off(monkeypatch, forget):
     monkeypatch.setenv("ROTVQ_KERNELS", "0")
     monkeypatch.setattr(kernels, "launch_pullback", lambda *args: 1 / 0)
@@ -92,14 +131,15 @@ import sys
 sys.modules["triton"] = None
 import torch, rotvq
 from rotvq import kernels
-assert kernels.triton is None and not kernels.trusted(kernels.search_agrees, "cpu")
+assert kernels.triton is None and not kernels.trusted(kernels.search_agrees, 4, "cpu")
 vq = rotvq.VectorQuantizer(4, 8, channel_first=False)
 z = torch.randn(5, 4, requires_grad=True)
 q, _, loss = vq(z)
 (q.sum() + loss).backward()
 assert z.grad.isfinite().all()
 """
-    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
 
 
 def test_products_are_not_rounded_on_a_gpu_either(monkeypatch, forget):

@@ -19,19 +19,24 @@ def test_the_pullback_moves_the_least_and_its_definition_not_much(d):
     z, q, g = torch.randn(3, 500, d)
     z.requires_grad_()
     once = lambda: torch.autograd.grad(rotation_trick(z, q), z, g)
-    assert counted(once, on_gpu(d), z.nbytes) == {"kernels": 1, "bytes": 4.0}
+    assert counted(once, on_gpu(500, d), z.nbytes) == {"kernels": 1, "bytes": 4.0}
+    spread = lambda: rotation_trick(z, q).sum().backward()                # g has no memory of its own: a copy, and the sum
+    assert counted(spread, on_gpu(500, d), z.nbytes)["kernels"] > 2
     assert counted(once, APPLE, z.nbytes)["bytes"] <= 35
     assert counted(once, WITHOUT_TRITON, z.nbytes)["bytes"] <= 80
 
 
 def test_the_layer_moves_a_quarter_of_the_peer():
-    for shape in ((4096, 32, 512), (2048, 256, 512), (2048, 4, 1024)):
+    for shape in ((4096, 32, 512), (4096, 256, 1024), (2048, 4, 1024)):
         rows = layers(*shape)["results"]
         assert rows["rotvq, a GPU with Triton"]["bytes"] < rows["vector_quantize_pytorch"]["bytes"] / 4
 
 
-def test_the_page_has_these_figures():
+def test_the_page_is_up_to_date():
+    "The counts do not depend on the machine; compiled graphs may change with PyTorch and are left out."
     held = json.loads((ROOT / "nbs" / "results" / "traffic.json").read_text(encoding="utf-8"))
-    assert all(shape["results"]["rotvq, a GPU with Triton"] == {"kernels": 1, "bytes": 4.0} for shape in held["estimators"])
-    for shape in held["layers"]:
-        assert shape["results"]["rotvq, a GPU with Triton"]["bytes"] < shape["results"]["vector_quantize_pytorch"]["bytes"] / 4
+    shape = held["layers"][-1]
+    again = layers(*shape["shape"])["results"]
+    for name in ("rotvq, a GPU with Triton", "rotvq, a GPU without Triton"):
+        assert again[name]["kernels"] == shape["results"][name]["kernels"]
+        assert abs(again[name]["bytes"] / shape["results"][name]["bytes"] - 1) < 0.02

@@ -38,14 +38,16 @@ TRAFFIC = """
 `python benchmarks/traffic.py` counts, with PyTorch {torch} and without a GPU: every operation that is no view is one kernel, which reads
 its arguments and writes its results; an operator of `rotvq` counts as what a GPU runs for it. Bytes are multiples of those of `z` in float32. Operations
 like these are limited by memory on a GPU, and by the launches where tensors are small. No GPU has run the kernels of
-[the GPU room](85_gpu.ipynb) yet; what is counted is what they read and write.
+[the GPU room](85_gpu.ipynb) yet; what is counted is
+the memory that they are given, each tensor once (the search reads the codes again for every 64 vectors, from the second-level
+cache where they fit into it).
 
 The rotation trick, forward and backward. The least that can be done is 4: read g, z and q, write the gradient.
 """
 TRAFFIC_LAYER = """
-A training step of the layer, with the same settings as above. For vectors of more than 64 numbers the search of `rotvq` writes scores too, a
-tile at a time, because there the library's product is faster than a kernel that keeps them (by a comparison of rates, in
-[the GPU room](85_gpu.ipynb#the-search)); `vector_quantize_pytorch` makes a one-hot matrix.
+A training step of the layer, with the same settings as above. For vectors of more than 32 numbers, or few of them, the search of
+`rotvq` writes scores too, a tile at a time, because there the library's product should be faster than a kernel that keeps them ([an
+estimate](85_gpu.ipynb#the-search), here for the 132 processors of an H100); `vector_quantize_pytorch` makes a one-hot matrix.
 """
 STEP = """
 ## Share of a training step {{#step-{device}}}

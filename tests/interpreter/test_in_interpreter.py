@@ -57,7 +57,7 @@ def test_norms_far_from_one(name):
             assert not len(error) or error.max() < BOUND, (p, r)
 
 
-@pytest.mark.parametrize("d", [1, 4, 32, 64])
+@pytest.mark.parametrize("d", [1, 4, 32])
 @pytest.mark.parametrize("distance", ["euclidean", "cosine"])
 def test_the_search_finds_the_nearest(d, distance):
     gen = torch.Generator().manual_seed(d)
@@ -73,14 +73,16 @@ def test_the_search_finds_the_nearest(d, distance):
         assert off.max() < 1e-5
 
 
-def test_the_checks_at_first_use_pass():
-    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16): assert kernels.pullback_agrees(dtype, "cpu")
-    assert kernels.search_agrees("cpu")
+@pytest.mark.parametrize("d", [1, 4, 32, 33, 256])
+def test_the_checks_at_first_use_pass(d):
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16): assert kernels.pullback_agrees(d, dtype, "cpu")
+    if d <= kernels.LONGEST_SEARCH: assert kernels.search_agrees(d, "cpu")
 
 
-# the suites, but for what is about other forms, or compiles
+# the suites, but for what is about other forms, compiles, or needs longer vectors than the search kernel takes
 # (and with fewer rows: the interpreter takes a millisecond for a program)
-OTHERS = {"test_operator_and_definition_agree_with_the_matrix", "test_blocks_are_seamless", "test_the_default_compiler_keeps_the_accuracy_and_special_rows"}
+OTHERS = {"test_products_are_not_rounded_whatever_is_allowed", "test_the_setting_of_products_is_put_back_in_any_thread",
+          "test_operator_and_definition_agree_with_the_matrix", "test_blocks_are_seamless", "test_the_default_compiler_keeps_the_accuracy_and_special_rows"}
 for suite in (test_estimators, test_codebook):
     for name in dir(suite):
         if name.startswith("test_") and name not in OTHERS: globals()[f"{name}_with_kernels"] = getattr(suite, name)
