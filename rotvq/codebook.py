@@ -29,8 +29,9 @@ def best_code_definition(
     return torch.cat([torch.addmm(offset, x, codes.T).argmax(1) for x in parts])
 
 # %% ../nbs/01_vqvae.ipynb #b91e4907
+# rotvq::best_code; in a notebook __main__::best_code, which leaves the package's alone
 best_code = torch.library.custom_op(
-    "rotvq::best_code", best_code_definition, mutates_args=()
+    f"{__name__.split('.')[0]}::best_code", best_code_definition, mutates_args=()
 )
 
 # %% ../nbs/01_vqvae.ipynb #120fe1db

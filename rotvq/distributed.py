@@ -48,7 +48,7 @@ def gather_rows(x: Tensor, sync: bool) -> Tensor:
     return torch.cat([part[:size] for part, size in zip(parts, sizes)])
 
 # %% ../nbs/82_processes.ipynb #532d9705
-@torch.library.custom_op("rotvq::scrambled", mutates_args=())
+@torch.library.custom_op(f"{__name__.split('.')[0]}::scrambled", mutates_args=())
 def scrambled(x: Tensor) -> Tensor:
     "Integers in [0, 2³¹ − 1) that look random: a function of `x` on every device."
     prime = 2**31 - 1  # products of two smaller numbers fit into int64

@@ -68,7 +68,7 @@ def pullback_definition(
 
 # %% ../nbs/04_rotation.ipynb #11122ff7
 pullback = torch.library.custom_op(
-    "rotvq::pullback", pullback_definition, mutates_args=()
+    f"{__name__.split('.')[0]}::pullback", pullback_definition, mutates_args=()
 )
 
 

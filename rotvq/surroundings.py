@@ -61,7 +61,7 @@ MOVED = (
 )
 
 
-@torch.library.custom_op("rotvq::separate", mutates_args=())
+@torch.library.custom_op(f"{__name__.split('.')[0]}::separate", mutates_args=())
 def _separate(x: Tensor, once: bool) -> Tensor:
     if once and in_backward():
         raise RuntimeError(MOVED)
@@ -81,7 +81,7 @@ def separate(
     return _separate(x, once) if opaque else x.clone()
 
 # %% ../nbs/83_surroundings.ipynb #12e55f53
-@torch.library.custom_op("rotvq::first_time", mutates_args=())
+@torch.library.custom_op(f"{__name__.split('.')[0]}::first_time", mutates_args=())
 def _first_time(x: Tensor) -> Tensor:
     return torch.full((), not in_backward(), device=x.device)
 

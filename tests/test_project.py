@@ -93,6 +93,12 @@ def test_notebook_is_executed_and_clean(notebook):
             if notebook.stem != "index": assert len(kinds) < 2, f"imports mixed with other code: {source[:60]}"
 
 
+def test_no_notebook_replaces_an_operator_of_the_package():
+    "An operator that is defined again under its name leaves the first one dangling, and the process may crash."
+    for notebook in NOTEBOOKS:
+        for cell in cells(notebook): assert not re.search(r"custom_op\(\s*[\"']rotvq::", "".join(cell["source"])), notebook.name
+
+
 def test_every_notebook_is_in_the_sidebar():
     site = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"]
     listed = [page for entry in site for page in (entry["contents"] if isinstance(entry, dict) else [entry])]
