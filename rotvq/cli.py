@@ -61,7 +61,8 @@ def comparison_table(rows: list[dict]) -> str:
 
 # %% ../nbs/13_run.ipynb #cc62cfbf
 def save_rows(rows: dict[str, Tensor], file: Path) -> None:
-    "Write rows of pictures, floats `(N, 3, H, W)` on [−1, 1], as a PNG with a label before each row."
+    """Write rows of pictures, floats `(N, 3, H, W)` on [−1, 1], as a PNG with a label
+    before each row."""
     n, _, height, width = next(iter(rows.values())).shape
     zoom, gap = max(1, 128 // height), 2
     label = max(len(name) for name in rows) * 7 + 10
@@ -94,7 +95,8 @@ def save_rows(rows: dict[str, Tensor], file: Path) -> None:
 
 # %% ../nbs/13_run.ipynb #67d94b72
 def save_pictures(run: Run, images: Tensor) -> list[Path]:
-    "Write reconstructions.png and, where matplotlib is installed, curves.png into the run's folder."
+    """Write reconstructions.png and, where matplotlib is installed, curves.png into
+    the run's folder."""
     x = to_float(images[torch.linspace(0, len(images) - 1, min(8, len(images))).long()])
     rows = {"original": x}
     with torch.no_grad():
@@ -131,7 +133,8 @@ def last_run(runs: Path = Path("runs")) -> Path:
     states = sorted(runs.glob("*/state.pt"), key=lambda p: p.stat().st_mtime)
     if not states:
         raise ValueError(
-            f"There is no run to resume in {runs.resolve()}. Name its folder with --out."
+            f"There is no run to resume in {runs.resolve()}. Name its folder with "
+            f"--out."
         )
     return states[-1].parent
 
@@ -161,10 +164,12 @@ def cmd_train(args) -> None:
     kind = "compare" if len(estimators) > 1 else estimators[0]
     out = args.out or new_folder(Path("runs") / f"{preset.name}-{kind}-seed{seed}")
     print(
-        f"preset {preset.name}: {preset.epochs} epochs at {preset.size}×{preset.size} on {best_device().type}"
+        f"preset {preset.name}: {preset.epochs} epochs at {preset.size}×{preset.size} "
+        f"on {best_device().type}"
     )
     print(
-        f"estimators: {', '.join(estimators)}\npictures: {source.name} ({source.root})\nrun folder: {out}",
+        f"estimators: {', '.join(estimators)}\npictures: {source.name} "
+        f"({source.root})\nrun folder: {out}",
         flush=True,
     )
     try:
@@ -191,17 +196,20 @@ def cmd_train(args) -> None:
             out.rmdir()
         raise
     print(
-        f"\n{comparison_table(run.rows)}\n\non the validation pictures of: {source.name}"
+        f"\n{comparison_table(run.rows)}\n\non the validation pictures of: "
+        f"{source.name}"
     )
     if source == SAMPLE:
         print(
-            "These are crops of two photographs. Do not read the figures as results on ImageNet-10."
+            "These are crops of two photographs. Do not read the figures as results on "
+            "ImageNet-10."
         )
     elif preset == PRESETS["cpu"] and len(estimators) > 1:
         print(CAVEAT)
     else:
         print(
-            "The published figures (nbs/13_run.ipynb) are of the preset cpu; at other settings expect others."
+            "The published figures (nbs/13_run.ipynb) are of the preset cpu; at other "
+            "settings expect others."
         )
     files = save_pictures(
         run, ImageNet10("val", preset.size, source, preset.limit).images
@@ -265,7 +273,8 @@ def cmd_data(args) -> None:
 
 # %% ../nbs/13_run.ipynb #e00b2556
 def checkpoint_folder(path: Path) -> Path:
-    "The folder of a saved model, given it or its model.safetensors; names the choices inside a comparison."
+    """The folder of a saved model, given it or its model.safetensors; names the
+    choices inside a comparison."""
     folder = path.parent if path.is_file() else path
     if not (folder / "model.safetensors").is_file():
         inside = sorted(str(p.parent) for p in folder.glob("*/model.safetensors"))
@@ -328,7 +337,8 @@ def parser() -> argparse.ArgumentParser:
     "The command line."
     top = argparse.ArgumentParser(
         "rotvq",
-        description="The rotation trick for vector quantization: train a VQ-VAE on ImageNet-10 and look at it.",
+        description="The rotation trick for vector quantization: train a VQ-VAE on "
+        "ImageNet-10 and look at it.",
     )
     top.add_argument(
         "--version",
@@ -384,7 +394,8 @@ def parser() -> argparse.ArgumentParser:
 
 # %% ../nbs/13_run.ipynb #24bd6738
 def main(argv: list[str] | None = None) -> int:
-    "Run the command: 0 when done, 1 with a message when something is wrong, 2 on bad usage, 130 if interrupted."
+    """Run the command: 0 when done, 1 with a message when something is wrong, 2 on bad
+    usage, 130 if interrupted."""
     args = parser().parse_args(argv)
     try:
         args.run(args)

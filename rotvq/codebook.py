@@ -114,7 +114,8 @@ def _check_lookup(z: Tensor, codebook: Tensor, distance: str):
         )
     if codebook.ndim != 2 or len(codebook) == 0:
         raise ValueError(
-            f"The codebook must have shape (K, d) with K ≥ 1, not {tuple(codebook.shape)}."
+            f"The codebook must have shape (K, d) with K ≥ 1, not "
+            f"{tuple(codebook.shape)}."
         )
     if z.ndim == 0 or z.shape[-1] != codebook.shape[1]:
         raise ValueError(

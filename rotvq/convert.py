@@ -38,17 +38,20 @@ def convert_state_dict(
     if missing:
         found = [name for name in state if "_codebook" in name]
         raise ValueError(
-            f"The state has no {missing}. Set prefix to what comes before '_codebook' in "
+            f"The state has no {missing}. Set prefix to what comes before '_codebook' "
+            f"in "
             f"{found}."
         )
     if len(held["codebook"]) != 1:
         raise ValueError(
-            f"The state has {len(held['codebook'])} codebooks; make a VectorQuantizer for "
+            f"The state has {len(held['codebook'])} codebooks; make a VectorQuantizer "
+            f"for "
             "each."
         )
     if prefix and theirs or not prefix and set(theirs) - {"zero"}:
         raise ValueError(
-            f"VectorQuantizer has nothing for {sorted(theirs)}; keep these as layers of "
+            f"VectorQuantizer has nothing for {sorted(theirs)}; keep these as layers "
+            f"of "
             "your own."
         )
     for name in ("codebook", "sums", "counts"):

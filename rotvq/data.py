@@ -37,7 +37,8 @@ from tqdm import tqdm
 
 # %% ../nbs/09_imagenet10.ipynb #196f5668
 class DataError(ValueError):
-    "Pictures are missing or cannot be read; the message names the file or folder and the remedy."
+    """Pictures are missing or cannot be read; the message names the file or folder and
+    the remedy."""
 
 # %% ../nbs/09_imagenet10.ipynb #8f34cd8b
 EXTENSIONS = {".jpeg", ".jpg", ".png", ".webp", ".bmp"}
@@ -51,7 +52,8 @@ def list_pictures(
     folder = Path(root) / split
     if not folder.is_dir():
         raise DataError(
-            f"{folder} does not exist. The layout is {root}/train/<class>/ and {root}/val/<class>/."
+            f"{folder} does not exist. The layout is {root}/train/<class>/ and "
+            f"{root}/val/<class>/."
         )
     classes = sorted(
         p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")
@@ -77,7 +79,8 @@ def list_pictures(
 # %% ../nbs/09_imagenet10.ipynb #3c1d58ed
 @dataclass(frozen=True)
 class Source:
-    "Where pictures come from. `name` goes into every result, so that a sample cannot pass for ImageNet-10."
+    """Where pictures come from. `name` goes into every result, so that a sample cannot
+    pass for ImageNet-10."""
 
     root: Path
     name: str
@@ -103,7 +106,8 @@ def imagenet10(
     root: str | Path | None = None,  # a folder, "sample", or `None` to search
     download: bool = True,  # fetch when nothing is found
 ) -> Source:
-    "Find the pictures, or download them; with no network, say so in one line and use the bundled sample."
+    """Find the pictures, or download them; with no network, say so in one line and use
+    the bundled sample."""
     chosen_by = "" if root else "ROTVQ_DATA names it; unset it to download. "
     root = root or os.environ.get("ROTVQ_DATA")
     if root:
@@ -112,7 +116,8 @@ def imagenet10(
         root = Path(root).expanduser()
         if not root.is_dir():
             raise DataError(
-                f"{root} is not a folder. {chosen_by}Name one that holds train/ and val/."
+                f"{root} is not a folder. {chosen_by}Name one that holds train/ and "
+                f"val/."
             )
         for split in ("train", "val"):
             list_pictures(root, split)
@@ -127,7 +132,8 @@ def imagenet10(
         except NETWORK_ERRORS as error:
             reason = getattr(error, "reason", None) or error
     print(
-        f"rotvq: no ImageNet-10 here ({reason}): using the bundled sample of photographs. "
+        f"rotvq: no ImageNet-10 here ({reason}): using the bundled sample of "
+        f"photographs. "
         "To use your own copy, set ROTVQ_DATA to a folder with train/ and val/.",
         file=sys.stderr,
     )
@@ -148,13 +154,15 @@ def _writable(folder: Path):
         yield
     except OSError as error:
         raise DataError(
-            f"Cannot write to {folder} ({error}). Set ROTVQ_CACHE to a folder that is writable."
+            f"Cannot write to {folder} ({error}). Set ROTVQ_CACHE to a folder that is "
+            f"writable."
         ) from error
 
 # %% ../nbs/09_imagenet10.ipynb #b2cdd707
 @contextmanager
 def _timeout(seconds: float):
-    "A time limit for each network wait: the library beneath sets none and would hang on a silent network."
+    """A time limit for each network wait: the library beneath sets none and would hang
+    on a silent network."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:
@@ -169,7 +177,8 @@ def download_imagenette(
     md5: str = IMAGENETTE[1],
     timeout: float = 20,  # seconds without an answer before giving up
 ) -> Path:  # `target`
-    "Download Imagenette (160 px). Raises `DataError` on a damaged archive or a full disk, `OSError` without network."
+    """Download Imagenette (160 px). Raises `DataError` on a damaged archive or a full
+    disk, `OSError` without network."""
     with _writable(target.parent):
         # left by a run that was killed
         for old in target.parent.glob(f".{target.name}-*"):
@@ -191,13 +200,15 @@ def download_imagenette(
                 raise
     except RuntimeError as error:  # torchvision's word for a wrong hash
         raise DataError(
-            f"The download from {url} is incomplete or damaged (its MD5 is not {md5}). Nothing was kept; run again."
+            f"The download from {url} is incomplete or damaged (its MD5 is not {md5}). "
+            f"Nothing was kept; run again."
         ) from error
     except NETWORK_ERRORS:
         raise
     except OSError as error:
         raise DataError(
-            f"Cannot store the download in {target.parent} ({error}). Set ROTVQ_CACHE to another folder."
+            f"Cannot store the download in {target.parent} ({error}). Set ROTVQ_CACHE "
+            f"to another folder."
         ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -208,7 +219,8 @@ def decode_picture(
     file: Path,
     size: int,  # side of the square, pixels
 ) -> np.ndarray:  # uint8 `(3, size, size)`
-    "One picture, scaled and cut to the middle square; `DataError` names the file if it cannot be read."
+    """One picture, scaled and cut to the middle square; `DataError` names the file if
+    it cannot be read."""
     if not file.exists():
         raise DataError(f"{file} does not exist.")
     try:
@@ -219,7 +231,8 @@ def decode_picture(
                 image.mode == "I" and max(np.abs(image.getextrema())) > 65535
             ):
                 raise ValueError(
-                    "its pixels have 32 bits, of which nobody knows what is white: save it with 8 or 16"
+                    "its pixels have 32 bits, of which nobody knows what is white: "
+                    "save it with 8 or 16"
                 )
             if image.mode.startswith("I"):  # 16 bits a pixel
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -240,7 +253,8 @@ def decode_crop(
     job: tuple[Path, int],  # photograph, crop number
     size: int,
 ) -> np.ndarray:  # uint8 `(3, size, size)`
-    "Crop `number` of a photograph: a square of 25 to 100 % of its shorter side, the same at every call."
+    """Crop `number` of a photograph: a square of 25 to 100 % of its shorter side, the
+    same at every call."""
     file, number = job
     rng = np.random.default_rng([number, *file.name.encode()])
     with Image.open(file) as image:
@@ -260,7 +274,8 @@ def decode_all(
     size: int,
     cache: Path,  # the .npy file to write, or to reuse
 ) -> np.ndarray:  # uint8 `(N, 3, size, size)`, memory-mapped
-    "Decode in parallel into `cache`, unless it is there already. Raises `DataError` when the disk is full."
+    """Decode in parallel into `cache`, unless it is there already. Raises `DataError`
+    when the disk is full."""
     shape = (len(jobs), 3, size, size)
     try:
         held = np.load(cache, mmap_mode="c")
@@ -296,7 +311,8 @@ def decode_all(
 
 # %% ../nbs/09_imagenet10.ipynb #322140a9
 def remove_older(cache: Path) -> None:
-    "Delete decoded pictures of the same set with another fingerprint, and what a killed run left a day ago."
+    """Delete decoded pictures of the same set with another fingerprint, and what a
+    killed run left a day ago."""
     stem = cache.stem.rpartition("-")[0]
     day_old = [
         p
@@ -317,7 +333,8 @@ def fingerprint(*parts) -> str:
 
 # %% ../nbs/09_imagenet10.ipynb #a9bf649b
 class ImageNet10(torch.utils.data.Dataset):
-    "Pictures of one split as bytes: `images` `(N, 3, size, size)` uint8, `labels` `(N,)`, `classes`, `source`."
+    """Pictures of one split as bytes: `images` `(N, 3, size, size)` uint8, `labels`
+    `(N,)`, `classes`, `source`."""
 
     def __init__(
         self,

@@ -71,7 +71,8 @@ def sample_rows(
     seed: Tensor,  # int64 scalar, the same in every process: decides which
     sync: bool = True,  # from the rows of all processes
 ) -> tuple[Tensor, Tensor]:  # `(count, d)`; and whether any row was usable, a scalar
-    "Usable rows of the joint batch, spread over it as if by chance; the same everywhere."
+    """Usable rows of the joint batch, spread over it as if by chance; the same
+    everywhere."""
     rank, all_of = 0, 1
     if sync and world_size() > 1:
         rank, all_of = dist.get_rank(), world_size()

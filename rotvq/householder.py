@@ -13,7 +13,8 @@ from torch import Tensor
 def unit(
     v: Tensor,  # `(..., d)`
 ) -> Tensor:  # `v / ‖v‖`, zero where `v` is zero
-    "Unit vectors along the last dimension, safe from overflow and underflow of the squares."
+    """Unit vectors along the last dimension, safe from overflow and underflow of the
+    squares."""
     scale = v.abs().amax(-1, keepdim=True)
     v = v / torch.where(scale > 0, scale, 1)
     norm = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
@@ -23,7 +24,8 @@ def unit(
 def householder_matrix(
     v: Tensor,  # normal of the mirror, `(..., d)`
 ) -> Tensor:  # `(..., d, d)`
-    "`I − 2 v vᵀ / ‖v‖²`, the reflection at the plane orthogonal to `v`; the identity for `v = 0`."
+    """`I − 2 v vᵀ / ‖v‖²`, the reflection at the plane orthogonal to `v`; the identity
+    for `v = 0`."""
     v = unit(v)
     return (
         torch.eye(v.shape[-1], dtype=v.dtype, device=v.device)

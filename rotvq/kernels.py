@@ -283,7 +283,8 @@ verdicts = {}  # of the checks made so far
 
 
 def trusted(check, *args) -> bool:
-    "Whether a kernel may be used. While a CUDA graph is captured nothing new is checked."
+    """Whether a kernel may be used. While a CUDA graph is captured nothing new is
+    checked."""
     if triton is None or os.environ.get("ROTVQ_KERNELS") == "0":
         return False
     question = (check, *args)

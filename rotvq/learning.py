@@ -192,7 +192,8 @@ class LearningCodebook(Codebook):
         self._write(dead, codebook=drawn[0], sums=drawn[0], counts=1, waited=0)
 
     def _codes(self) -> Tensor:
-        "The codes, of length 1 for the cosine, with a gradient where they are learnable."
+        """The codes, of length 1 for the cosine, with a gradient where they are
+        learnable."""
         codes = self.codebook
         if hasattr(codes, "full_tensor"):  # a parameter that FSDP2 has divided
             codes = codes.full_tensor()
@@ -233,7 +234,8 @@ class StartedCodebook(LearningCodebook):
         learning = self.training and not self.frozen
         if learning and exporting():
             raise RuntimeError(
-                "A layer that learns cannot be exported. Call .eval() on the model first."
+                "A layer that learns cannot be exported. Call .eval() on the model "
+                "first."
             )
         if torch.compiler.is_compiling():  # `separate` refuses there
             return learning

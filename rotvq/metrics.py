@@ -18,7 +18,8 @@ def quantization_error(z: Tensor, q: Tensor) -> Tensor:
 
 # %% ../nbs/11_metrics.ipynb #f43fc5ec
 def relative_error(z: Tensor, q: Tensor) -> Tensor:
-    "Quantization error as a share of the variance of `z` `(N, d)` about its mean vector, float32 scalar."
+    """Quantization error as a share of the variance of `z` `(N, d)` about its mean
+    vector, float32 scalar."""
     z = z.float()
     return quantization_error(z, q) / (z - z.mean(0)).square().mean()
 

@@ -35,7 +35,8 @@ class ResidualBlock(nn.Module):
 
 # %% ../nbs/10_model.ipynb #58d2a7a8
 class Encoder(nn.Sequential):
-    "Pictures `(B, 3, H, W)` to encoder outputs `(B, dim, H / 2ⁿ, W / 2ⁿ)` with n = `downsamples`."
+    """Pictures `(B, 3, H, W)` to encoder outputs `(B, dim, H / 2ⁿ, W / 2ⁿ)` with n =
+    `downsamples`."""
 
     def __init__(
         self, width: int = 64, dim: int = 32, downsamples: int = 2, blocks: int = 2
@@ -57,7 +58,8 @@ class Encoder(nn.Sequential):
 
 # %% ../nbs/10_model.ipynb #fb1d2621
 class Decoder(nn.Sequential):
-    "Codes `(B, dim, h, w)` to pictures `(B, 3, 2ⁿ h, 2ⁿ w)`: the way of `Encoder` back."
+    """Codes `(B, dim, h, w)` to pictures `(B, 3, 2ⁿ h, 2ⁿ w)`: the way of `Encoder`
+    back."""
 
     def __init__(
         self, width: int = 64, dim: int = 32, downsamples: int = 2, blocks: int = 2
@@ -135,13 +137,15 @@ class VQVAE(nn.Module):
         step = 2 ** self.config["downsamples"]
         if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] % step or x.shape[3] % step:
             raise ValueError(
-                f"x has shape {tuple(x.shape)}; it must be (B, 3, H, W) with H and W multiples of {step}. Resize or pad it."
+                f"x has shape {tuple(x.shape)}; it must be (B, 3, H, W) with H and W "
+                f"multiples of {step}. Resize or pad it."
             )
 
 # %% ../nbs/10_model.ipynb #9579759b
 @contextmanager
 def replacing(file: Path):
-    "A path to write to. It becomes `file` in one piece, or disappears, with an error that names the file."
+    """A path to write to. It becomes `file` in one piece, or disappears, with an error
+    that names the file."""
     partial_file = file.with_name(f".{file.name}")
     try:
         yield partial_file
@@ -165,7 +169,8 @@ def save_pretrained(
     folder: str | Path,
     **extra,  # further entries for config.json
 ) -> None:
-    "Write `config.json` and `model.safetensors`. A custom estimator is saved by its name only."
+    """Write `config.json` and `model.safetensors`. A custom estimator is saved by its
+    name only."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = model.config | {"estimator": model.quantizer.estimator_name}
@@ -199,7 +204,8 @@ def from_pretrained(
     folder: str | Path,  # a folder written by `save_pretrained`
     **changes,  # model arguments to replace, e.g. `estimator=my_function`
 ) -> VQVAE:
-    "Load a model, in eval mode on the CPU. Raises `FileNotFoundError` or `ValueError` naming what is wrong."
+    """Load a model, in eval mode on the CPU. Raises `FileNotFoundError` or
+    `ValueError` naming what is wrong."""
     folder = Path(folder)
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
@@ -218,7 +224,8 @@ def from_pretrained(
         and "estimator" not in changes
     ):
         raise ValueError(
-            f"The model in {folder} has the estimator {config['estimator']!r}. Pass it: estimator=..."
+            f"The model in {folder} has the estimator {config['estimator']!r}. Pass "
+            f"it: estimator=..."
         )
     try:
         model = VQVAE(**(config | changes))
@@ -227,7 +234,8 @@ def from_pretrained(
         if changes:
             raise
         raise ValueError(
-            f"The weights and the config.json in {folder} do not belong together ({error})."
+            f"The weights and the config.json in {folder} do not belong together "
+            f"({error})."
         ) from error
     return model.eval()
 

@@ -56,7 +56,8 @@ def style():
 
 # %% ../nbs/90_plots.ipynb #77a536dc
 def arrows(ax, vectors: dict, color: str, start=(0.0, 0.0)) -> None:
-    "Draw named 2-d vectors from `start`, each with its name beside the middle of the arrow."
+    """Draw named 2-d vectors from `start`, each with its name beside the middle of the
+    arrow."""
     foot = np.array([float(start[0]), float(start[1])])
     for name, v in vectors.items():
         v = np.array([float(v[0]), float(v[1])])
@@ -83,7 +84,8 @@ def arrows(ax, vectors: dict, color: str, start=(0.0, 0.0)) -> None:
 
 # %% ../nbs/90_plots.ipynb #73546cac
 def mirror(ax, normal) -> None:
-    "Draw the mirror orthogonal to `normal` in the plane, as a dashed line through the origin."
+    """Draw the mirror orthogonal to `normal` in the plane, as a dashed line through
+    the origin."""
     x, y = float(normal[0]), float(normal[1])
     length = (x * x + y * y) ** 0.5
     ax.axline((0, 0), (-y / length, x / length), color="0.4", ls="--", lw=1)
@@ -92,7 +94,8 @@ def mirror(ax, normal) -> None:
 def gradient_field(
     points, steps, indices, codes, estimator: str, target=None, ax=None, longest=2.0
 ) -> Figure:
-    "Points coloured by cell with a fifth of their steps (cut at `longest`), codes as crosses, the target as a star."
+    """Points coloured by cell with a fifth of their steps (cut at `longest`), codes as
+    crosses, the target as a star."""
     if ax is None:
         style()
         ax = plt.subplots(figsize=(4.6, 3.6))[1]
@@ -124,7 +127,8 @@ def gradient_field(
 
 # %% ../nbs/90_plots.ipynb #a9cd495b
 def cells(ax, codes, color: str = "0.8") -> None:
-    "The borders between the cells of `codes` and the codes as crosses, within the limits of `ax`."
+    """The borders between the cells of `codes` and the codes as crosses, within the
+    limits of `ax`."""
     codes = np.asarray(codes, dtype=float)
     (left, right), (low, high) = ax.get_xlim(), ax.get_ylim()
     x, y = np.meshgrid(np.linspace(left, right, 400), np.linspace(low, high, 400))
@@ -138,7 +142,8 @@ def cells(ax, codes, color: str = "0.8") -> None:
 
 # %% ../nbs/90_plots.ipynb #b20ec80d
 def triptych(points, values, gradients: dict, codes) -> Figure:
-    "A function on a grid `(H, W, 2)` of the plane and gradient fields of it: colour is length, arrows are directions."
+    """A function on a grid `(H, W, 2)` of the plane and gradient fields of it: colour
+    is length, arrows are directions."""
     style()
     points, codes = np.asarray(points), np.asarray(codes)
     fig, axes = plt.subplots(
@@ -179,7 +184,8 @@ def triptych(points, values, gradients: dict, codes) -> Figure:
 def steps_of_a_cell(
     ax, points, after, code, push, estimator: str, title: str = ""
 ) -> None:
-    "Points of one cell and where a step takes them, with the code and the gradient `g` at it."
+    """Points of one cell and where a step takes them, with the code and the gradient
+    `g` at it."""
     points, after, code = (np.asarray(v) for v in (points, after, code))
     for a, b in zip(points, after):
         ax.annotate(
@@ -261,7 +267,8 @@ def degrees(u, v) -> float:
 def draw_gradients(
     z1, z2, q1, q2, g1, g2, estimators=tuple(COLORS), origin=(0.0, 0.0)
 ) -> Figure:
-    "`z`, `q`, `g` and the gradient at `z` of each estimator, with the angles that tell them apart."
+    """`z`, `q`, `g` and the gradient at `z` of each estimator, with the angles that
+    tell them apart."""
     z, q, g, o = (
         torch.tensor(v, dtype=torch.float64)
         for v in ((z1, z2), (q1, q2), (g1, g2), origin)
@@ -284,13 +291,15 @@ def draw_gradients(
 
 # %% ../nbs/90_plots.ipynb #78879837
 def draw_mirrors(a1, a2, b1, b2) -> Figure:
-    "`a`, its image in the mirror halfway to `b`, and the image of that in the mirror on `b`."
+    """`a`, its image in the mirror halfway to `b`, and the image of that in the mirror
+    on `b`."""
     a, b = (torch.tensor(v, dtype=torch.float64) for v in ((a1, a2), (b1, b2)))
     half = a / a.norm() + b / b.norm()
     first = reflect(a, half)
     second = reflect(first, b)
     fig, ax = plane(
-        f"from a to b: {degrees(a, b):.0f}°; between the normals: {degrees(half, b):.0f}°\n"
+        f"from a to b: {degrees(a, b):.0f}°; between the normals: "
+        f"{degrees(half, b):.0f}°\n"
         f"from a to its second image: {degrees(a, second):.0f}°"
     )
     mirror(ax, half)
@@ -371,7 +380,8 @@ def save_run_curves(
 
 # %% ../nbs/90_plots.ipynb #f3bc4809
 def picture_rows(rows: dict, size: float = 1.1) -> Figure:
-    "Rows of pictures, each row named; pictures are `(N, 3, H, W)`, uint8 or floats on [−1, 1]."
+    """Rows of pictures, each row named; pictures are `(N, 3, H, W)`, uint8 or floats
+    on [−1, 1]."""
     style()
     n = max(len(v) for v in rows.values())
     fig, axes = plt.subplots(

@@ -125,7 +125,8 @@ class Tokenizer(StartedCodebook):
                 f"{len(batches)} batches and {'a' if mask is not None else 'no'} mask"
             )
             raise ValueError(
-                f"kmeans_init got {found}: give at least one batch, and a mask to one only."
+                f"kmeans_init got {found}: give at least one batch, and a mask to one "
+                f"only."
             )
         parts = [self._rows(part, mask) for part in batches]
         vectors = torch.cat([rows.vectors[rows.usable()] for rows in parts])
@@ -223,7 +224,8 @@ class VectorQuantizer(Tokenizer):
         z: Tensor,  # `(..., d)` or `(B, d, ...)`
         mask: Tensor | None = None,  # bool, as `z` without channels; False is padding
     ) -> Quantized:
-        "Quantize `z`; in training also move the codebook. Raises where `z` does not fit."
+        """Quantize `z`; in training also move the codebook. Raises where `z` does not
+        fit."""
         rows, learning = self._rows(z, mask), self._learns_now()
         vectors = rows.having(rows.vectors.detach())
         if learning:

@@ -16,12 +16,14 @@ def check_pair(z: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     Raises unless they are floating-point tensors of one shape `(..., d)` with d ≥ 1, on one device."""
     if z.shape != q.shape or z.ndim == 0 or z.shape[-1] == 0:
         raise ValueError(
-            f"z has shape {tuple(z.shape)} and q {tuple(q.shape)}: both must have one shape (..., d) with d ≥ 1. "
+            f"z has shape {tuple(z.shape)} and q {tuple(q.shape)}: both must have one "
+            f"shape (..., d) with d ≥ 1. "
             "Take q = codebook[indices]."
         )
     if not (z.is_floating_point() and q.is_floating_point()):
         raise TypeError(
-            f"z is {z.dtype} and q {q.dtype}: both must be floating point. Convert with .float()."
+            f"z is {z.dtype} and q {q.dtype}: both must be floating point. Convert "
+            f"with .float()."
         )
     if z.device != q.device:
         raise ValueError(
@@ -113,7 +115,8 @@ def linear_estimator(
     q: Tensor,  # their codes, same shape
     G: Tensor,  # Jacobian to use, `(..., d, d)`, held constant
 ) -> Tensor:  # value `q`, bit for bit
-    "Value `q` (a view of it), Jacobian `G`: the gradient to `z` is `Gᵀ g`. `G` and `q` get none."
+    """Value `q` (a view of it), Jacobian `G`: the gradient to `z` is `Gᵀ g`. `G` and
+    `q` get none."""
     z, q = check_pair(z, q)
     d = z.shape[-1]
     if G.shape[-2:] != (d, d):

@@ -54,7 +54,8 @@ def in_backward() -> bool:
 
 # %% ../nbs/83_surroundings.ipynb #be53b732
 MOVED = (
-    "Activation checkpointing runs this layer again in the backward pass, but its codes "
+    "Activation checkpointing runs this layer again in the backward pass, but its "
+    "codes "
     "have moved since: gradients would be wrong. Leave the quantizer out of the "
     "checkpointed part: checkpoint what comes before it, and what comes after it. (A "
     "frozen layer may stay, and a learnable one without revival.)"

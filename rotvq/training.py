@@ -110,7 +110,8 @@ def batches(
     epoch: int,
     device: torch.device | str = "cpu",
 ) -> Iterator[Tensor]:  # float `(batch, 3, H, W)` on [−1, 1]
-    "One epoch in random order, half of the pictures mirrored; the incomplete last batch is dropped."
+    """One epoch in random order, half of the pictures mirrored; the incomplete last
+    batch is dropped."""
     generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
     batch = min(batch, len(images))
     order = torch.randperm(len(images), generator=generator).to(images.device)
@@ -125,7 +126,8 @@ def batches(
 
 # %% ../nbs/12_training.ipynb #a82b79f3
 class Stopwatch:
-    "Adds up the time spent inside `with`: by the clock on a CPU, by events on a GPU, which nobody waits for until `read`."
+    """Adds up the time spent inside `with`: by the clock on a CPU, by events on a GPU,
+    which nobody waits for until `read`."""
 
     def __init__(self, device: torch.device):
         self.cuda, self.total, self.events = device.type == "cuda", 0.0, []
@@ -181,7 +183,8 @@ class Learner:
         )
 
     def step(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        "One update on the batch `x`; returns the reconstruction error and the code counts of the batch."
+        """One update on the batch `x`; returns the reconstruction error and the code
+        counts of the batch."""
         with (
             torch.autocast(self.device.type, torch.bfloat16)
             if self.amp
@@ -208,7 +211,8 @@ def evaluate(
     images: Tensor,  # uint8 `(N, 3, H, W)`
     batch: int = 128,
 ) -> dict:  # mse, psnr, quantization_error, relative_error, usage, perplexity, images
-    "Metrics over all pictures, in eval mode and float32: usage and perplexity of the whole set, not per batch."
+    """Metrics over all pictures, in eval mode and float32: usage and perplexity of the
+    whole set, not per batch."""
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     total = torch.zeros(2, device=device)
@@ -278,7 +282,8 @@ def load_state(out: Path) -> dict:
 
 # %% ../nbs/12_training.ipynb #ae3064ba
 class Run:
-    "The folder of a run and what is in it: `config` says what was run, `rows` are the lines of metrics.jsonl."
+    """The folder of a run and what is in it: `config` says what was run, `rows` are
+    the lines of metrics.jsonl."""
 
     def __init__(self, out: Path, config: dict):
         self.out, self.config, self.rows = Path(out), json.loads(json.dumps(config)), []
@@ -328,7 +333,8 @@ class Run:
             torch.save(state, partial_file)
 
     def load(self, learners: dict[str, Learner]) -> int:
-        "Restore the state; returns the number of finished epochs. Raises if the run had other settings."
+        """Restore the state; returns the number of finished epochs. Raises if the run
+        had other settings."""
         state = load_state(self.out)
         held = state["config"]
         differs = {
@@ -338,7 +344,8 @@ class Run:
         }
         if differs:
             raise ValueError(
-                f"{self.out} was run with other settings (there, here): {differs}. Use those, or another folder."
+                f"{self.out} was run with other settings (there, here): {differs}. Use "
+                f"those, or another folder."
             )
         for name, (model, opt, seconds) in state["learners"].items():
             learners[name].model.load_state_dict(model)
@@ -351,7 +358,8 @@ class Run:
 def diverged(name: str, value: float, where: str) -> FloatingPointError:
     "The error for a run whose numbers are no longer finite."
     return FloatingPointError(
-        f"{name}: the error is {value} in {where}; the last finished epoch is on disk. Start another run with a lower "
+        f"{name}: the error is {value} in {where}; the last finished epoch is on disk. "
+        f"Start another run with a lower "
         "learning rate: train(dataclasses.replace(PRESETS[...], lr=...))."
     )
 
@@ -433,20 +441,23 @@ def describe(row: dict) -> str:
     "One line of metrics.jsonl for people."
     return (
         f"epoch {row['epoch']:3} {row['estimator']:10} val MSE {row['mse']:.4f}  "
-        f"quantization error {row['quantization_error']:.1e}  codes used {row['usage']:6.1%}  "
+        f"quantization error {row['quantization_error']:.1e}  codes used "
+        f"{row['usage']:6.1%}  "
         f"perplexity {row['perplexity']:6.1f}  {row['seconds']:.0f} s"
     )
 
 # %% ../nbs/12_training.ipynb #55179851
 @contextmanager
 def alone_in(folder: Path):
-    "No other process may train in `folder` meanwhile; the lock goes with the process, however that ends."
+    """No other process may train in `folder` meanwhile; the lock goes with the
+    process, however that ends."""
     lock = FileLock(folder / ".lock", timeout=0)
     try:
         lock.acquire()
     except Timeout:
         raise ValueError(
-            f"Another process is training in {folder}. Wait for it, or choose another folder."
+            f"Another process is training in {folder}. Wait for it, or choose another "
+            f"folder."
         ) from None
     try:
         yield
@@ -460,7 +471,8 @@ def check_folder(folder: Path, resume: bool) -> None:
         load_state(folder)
     elif (folder / "state.pt").exists():
         raise ValueError(
-            f"{folder} holds a run. Continue it with --resume (resume=True), or choose another folder."
+            f"{folder} holds a run. Continue it with --resume (resume=True), or choose "
+            f"another folder."
         )
 
 # %% ../nbs/12_training.ipynb #73f1abb8
@@ -474,7 +486,8 @@ def train(
     device: torch.device | str | None = None,  # `None` is `best_device()`
     quiet: bool = False,  # no bars and no lines
 ) -> Run:
-    "Train one model per estimator on the same batches from the same initial weights, and write the run folder."
+    """Train one model per estimator on the same batches from the same initial weights,
+    and write the run folder."""
     preset, device, out = (
         find_preset(preset),
         torch.device(device or best_device()),
