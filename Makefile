@@ -55,8 +55,8 @@ $(OLDEST)/ready: $(PACKAGE)
 	@touch $@
 
 train: $(VENV)/train-ready
-	@echo "==> rotvq train --preset auto --estimator compare"
-	@$(BIN)/rotvq train --preset auto --estimator compare
+	@echo "==> rotvq train"
+	@$(BIN)/rotvq train
 
 # The real pictures where ROTVQ_DATA names them, else the bundled sample: tests never download. The notebooks run in nbs/,
 # so a relative folder is made absolute first; two at a time, with one thread each.

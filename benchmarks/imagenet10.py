@@ -14,12 +14,13 @@ from pathlib import Path
 
 import torch
 
-from rotvq.cli import save_rows
+from rotvq.report import save_rows
 from rotvq.data import SAMPLE, ImageNet10, Source, decode_picture, imagenet10, list_pictures
 from rotvq.model import VQVAE
 from rotvq.plots import save_run_curves
 from rotvq.quantizer import TITLES
-from rotvq.training import PRESETS, best_device, evaluate, hardware, to_float, train, write_atomically
+from rotvq.runs import hardware, write_atomically
+from rotvq.training import PRESETS, best_device, evaluate, to_float, train
 
 ROOT = Path(__file__).resolve().parent.parent
 WNIDS = "n01440764 n02102040 n02979186 n03000684 n03028079 n03394916 n03417042 n03425413 n03445777 n03888257".split()
@@ -46,7 +47,7 @@ def measure(preset, source, runs: Path, results: Path, settings: dict) -> list[d
             if (setting, seed) in done: continue
             out = runs / f"{setting.replace(' ', '-')}-seed{seed}"
             print(f"== {setting}, seed {seed}", flush=True)
-            run = train(dataclasses.replace(preset, **changes), estimators, source, out, seed, resume=(out / "state.pt").exists())
+            run = train(dataclasses.replace(preset, **changes), estimators, source, out, seed, resume="auto")
             rows += [{"setting": setting, **row} for row in run.rows]
             results.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(results, json.dumps(about | {"pictures": run.config["pictures"], "rows": rows}, indent=1) + "\n")

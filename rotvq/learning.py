@@ -8,6 +8,8 @@ __all__ = ['NEVER_CHOSEN', 'KMEANS_IN_GRAPH', 'initial_codebook', 'is_whole', 'c
 
 # %% ../nbs/07_learning.ipynb #d010064f
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from numbers import Integral
 
 import torch
@@ -162,6 +164,8 @@ class LearningCodebook(Codebook):
         # known without asking the device: whether a k-means start is still to be made,
         # all processes have begun alike, the latest forward pass has moved codes
         self._ready, self._begun, self._moved = init != "kmeans", False, False
+        self._gathered: Tensor | None = None  # sums and counts of an unfinished batch
+        self._part_seen = False
 
     @torch.no_grad()
     def _learn(self, rows: Rows, indices: Tensor) -> None:
@@ -169,6 +173,15 @@ class LearningCodebook(Codebook):
         # an optimizer needs no sums, only the counts
         vectors = rows.vectors[:, :0] if self.learnable else rows.vectors
         batch = code_sums(vectors, indices, self.codebook_size)
+        if self._gathered is None:
+            self._learn_from(batch)
+        else:
+            self._gathered.add_(batch * first_time(batch))
+            self._part_seen = True
+
+    @torch.no_grad()
+    def _learn_from(self, batch: Tensor) -> None:
+        "Running averages from the sums and counts of the codes, `(K, d + 1)`."
         batch = all_reduce_sum(batch, self.sync)
         n, good = batch[:, -1], is_good(batch) & first_time(batch)
         if self.learnable:
@@ -181,14 +194,32 @@ class LearningCodebook(Codebook):
             timer.copy_(torch.where(good, torch.where(n > 0, 0, timer + 1), timer))
         self.batches.add_(good)
 
+    @contextmanager
+    def accumulating(self) -> Iterator[None]:
+        """The training batches inside are parts of one: the codes hold still and learn
+        from all of them when the block ends, or from none if it raises."""
+        if self._gathered is not None:
+            raise RuntimeError("accumulating() is in use already: leave it first.")
+        width = 1 if self.learnable else self.dim + 1
+        size, exact = (self.codebook_size, width), exact_dtype(self.codebook)
+        self._gathered = torch.zeros(size, dtype=exact, device=self.counts.device)
+        self._part_seen = False
+        try:
+            yield
+            if self._part_seen:
+                self._learn_from(self._gathered)
+        finally:
+            self._gathered, self._part_seen = None, False
+
     @torch.no_grad()
     def _revive(self, rows: Rows) -> None:
         "Put codes that waited for too long on vectors of the batch, if all are finite."
         usable = rows.usable()
-        spoilt = all_reduce_sum(rows.fill(~usable, False).sum(), self.sync) > 0
+        spoilt = rows.fill(~usable, False).any()
         seed = scrambled(self.salt) + self.batches
-        drawn = sample_rows(rows.vectors, usable, self.codebook_size, seed, self.sync)
-        dead = (self.waited >= self.revive_after) & drawn[1] & ~spoilt
+        options = usable, self.codebook_size, seed, self.sync, spoilt
+        drawn = sample_rows(rows.vectors, *options)
+        dead = (self.waited >= self.revive_after) & drawn[1]
         self._write(dead, codebook=drawn[0], sums=drawn[0], counts=1, waited=0)
 
     def _codes(self) -> Tensor:
@@ -227,7 +258,8 @@ class StartedCodebook(LearningCodebook):
 
     def _moves(self) -> bool:
         "Whether a forward pass that learns changes the codes."
-        return not self.learnable or self.revive_after is not None
+        now = not self.learnable and self._gathered is None
+        return now or self.revive_after is not None
 
     def _learns_now(self) -> bool:
         "Whether this forward pass learns; raises where its result would be wrong."
@@ -261,9 +293,12 @@ class StartedCodebook(LearningCodebook):
     def _broadcast_state(self) -> None:
         "All processes take over the codes of the first one."
         names = "codebook", "sums", "counts", "idle", "waited", "batches", "salt"
-        for name in names:
-            if hasattr(self, name):
-                getattr(self, name).copy_(broadcast(getattr(self, name)))
+        states = [getattr(self, name) for name in names if hasattr(self, name)]
+        # one message: in a compiled graph the order of several is not the same everywhere
+        parts = [state.detach().reshape(-1).view(torch.uint8) for state in states]
+        held = broadcast(torch.cat(parts)).split([len(part) for part in parts])
+        for state, part in zip(states, held):
+            state.copy_(part.view(state.dtype).view(state.shape))
 
     @outside_graphs(KMEANS_IN_GRAPH)
     @torch.no_grad()

@@ -149,6 +149,8 @@ def replacing(file: Path):
     partial_file = file.with_name(f".{file.name}")
     try:
         yield partial_file
+        with open(partial_file, "rb+") as written:  # on the disk, before its name is
+            os.fsync(written.fileno())
         os.replace(partial_file, file)
     except (
         OSError,

@@ -115,7 +115,7 @@ def test_a_training_step_never_waits_for_the_device(learnable):
 
 
 def test_a_run_with_mixed_precision_and_its_clock(tmp_path):
-    preset = dataclasses.replace(PRESETS["smoke"], name="tiny", limit=48, amp=True)
+    preset = dataclasses.replace(PRESETS["smoke"], name="tiny", limit=48, precision="bfloat16")
     run = train(preset, ("ste", "rotation"), SAMPLE, tmp_path / "run", quiet=True)
     again = train(preset, ("ste", "rotation"), SAMPLE, tmp_path / "run", resume=True, quiet=True)
     assert again.rows == run.rows and all(0 < row["seconds"] < 600 for row in run.rows)

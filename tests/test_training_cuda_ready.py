@@ -1,0 +1,156 @@
+"""What a GPU will run, without one: the step, the evaluation and k-means on fake CUDA tensors, and the whole step on meta.
+
+A fake tensor has a device and a shape and no numbers. So whatever asks for a number raises, and so does an operation on two
+devices: a hidden wait for the GPU, or an operand that was left on the CPU, fails here as it would cost or fail there.
+"""
+import dataclasses
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
+
+from rotvq.codebook import kmeans
+from rotvq.training import PRESETS, Learner, sums_of
+
+SMALL = dataclasses.replace(PRESETS["cuda"], name="small", size=16, width=16, dim=8, codebook_size=32, batch=8)
+WAYS = {"plain": {}, "float32": {"precision": "float32"}, "revival": {"revive_after": 3}, "cosine": {"distance": "cosine"}, "averaged": {"ema": 0.9}, "micro-batches": {"micro_batch": 4},
+        "the paper's f8": {"downsamples": 3, "weight_decay": 1e-4}}
+
+
+@contextmanager
+def as_on_cuda(kind, dtype=torch.bfloat16, enabled=True):
+    "`torch.autocast` without the question whether there is a GPU."
+    before = torch.is_autocast_enabled(kind)
+    torch.set_autocast_dtype(kind, dtype)
+    torch.set_autocast_enabled(kind, enabled)
+    try: yield
+    finally:
+        torch.set_autocast_enabled(kind, before)
+        if not before: torch.clear_autocast_cache()
+
+
+@pytest.fixture(autouse=True)
+def autocast(monkeypatch): monkeypatch.setattr(torch, "autocast", as_on_cuda)
+
+
+class Times(int):
+    def __add__(self, other): return Times(int(self) + other)
+    def to(self, device): return torch.empty((), device=device)
+
+
+def on_cuda(config, estimator: str = "rotation") -> Learner:
+    "A learner whose tensors are fake CUDA tensors, made in a fake mode. (`.to` swaps tensors, which fake ones do not bear.)"
+    with unset_fake_temporarily(): learner = Learner(config, estimator, 0, torch.device("cpu"))
+    for module in [*learner.model.modules(), *(learner.trained.modules() if learner.average is not None else ())]:
+        for name, p in module._parameters.items(): module._parameters[name] = torch.nn.Parameter(torch.empty(p.shape, device="cuda").contiguous(
+            memory_format=torch.channels_last if p.ndim == 4 else torch.contiguous_format))
+        for name, b in module._buffers.items(): module._buffers[name] = torch.empty(b.shape, dtype=b.dtype, device="cuda")
+    learner.opt.param_groups[0]["params"] = list(learner.model.parameters())
+    learner.device = torch.device("cuda")
+    if learner.average is not None:                                       # how often it was averaged, a number on the CPU (the test below)
+        del learner.average._buffers["n_averaged"]
+        learner.average.n_averaged = Times(1)
+    return learner
+
+
+def one_step(learner: Learner, x: torch.Tensor) -> tuple:
+    "A step without the backward pass, which PyTorch does not fake without CUDA: gradients are put in by hand."
+    parts = x.split(learner.config.micro_batch or len(x))
+    found = [learner.losses(part) for part in parts]
+    for p in learner.model.parameters(): p.grad = torch.empty_like(p)
+    learner.update(1e-4)
+    return found[-1]
+
+
+def pictures(device="cuda"): return torch.empty(8, 3, 16, 16, device=device).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("estimator", ["ste", "rotation", "reflection", "rotation-then-ste"])
+@pytest.mark.parametrize("way", list(WAYS))
+def test_a_step_waits_for_nothing_and_stays_on_the_gpu(way, estimator):
+    with FakeTensorMode():
+        learner = on_cuda(dataclasses.replace(SMALL, **WAYS[way]), estimator)
+        learner.begin(0)
+        for _ in range(2): mse, commitment, indices = one_step(learner, pictures())
+        assert {t.device.type for t in (mse, commitment, indices, *learner.model.state_dict().values())} == {"cuda"}
+        assert mse.dtype == torch.float32 and indices.dtype == torch.int64
+        assert {p.dtype for p in learner.model.parameters()} == {torch.float32}
+
+
+def test_the_lookup_stays_in_float32_under_bfloat16(monkeypatch):
+    import rotvq.quantizer as quantizer
+    seen = []
+    real = quantizer.nearest_code
+    monkeypatch.setattr(quantizer, "nearest_code", lambda z, codes, **options: (seen.append((z.dtype, codes.dtype)), real(z, codes, **options))[1])
+    with FakeTensorMode():
+        learner = on_cuda(SMALL)
+        inside = []
+        learner.model.encoder[0].register_forward_hook(lambda module, args, out: inside.append(out.dtype))
+        learner.begin(0)
+        learner.losses(pictures())
+    assert inside == [torch.bfloat16] and seen == [(torch.float32, torch.float32)]
+
+
+@pytest.mark.parametrize("way", ["plain", "cosine", "averaged"])
+def test_evaluation_reads_numbers_only_at_its_end(way):
+    with FakeTensorMode(), torch.no_grad():
+        learner = on_cuda(dataclasses.replace(SMALL, **WAYS[way]))
+        parts = sums_of(learner.trained.eval(), pictures())
+        assert [part.shape for part in parts] == [(3,), (32,), (8,), (8,)] and {part.device.type for part in parts} == {"cuda"}
+
+
+@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
+def test_kmeans_waits_for_nothing(monkeypatch, distance):
+    """Dropping vectors that are not finite, before it, asks for their number, once in a run; and its draws come from the
+    generator of the CPU, so they are numbers here too."""
+    monkeypatch.setattr(torch, "rand", lambda count, **options: SimpleNamespace(tolist=lambda: [0.5] * count))
+    with FakeTensorMode(): assert kmeans(torch.empty(128, 8, device="cuda"), 32, 3, None, distance).device.type == "cuda"
+
+
+def test_the_number_of_averages_is_read_on_the_cpu():
+    assert Learner(dataclasses.replace(SMALL, ema=0.9), "ste", 0, torch.device("meta")).average.n_averaged.device.type == "cpu"
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+def test_the_whole_step_with_its_backward_pass_on_meta(way):
+    config = dataclasses.replace(SMALL, **WAYS[way] | {"precision": "float32"})
+    learner = Learner(config, "rotation", 0, torch.device("meta"))
+    learner.begin(0)
+    mse, counts = learner.step(pictures("meta"), 1e-4)
+    assert mse.device.type == "meta" and counts.shape == (32,)
+
+
+# What these would catch
+
+
+def spoilt(monkeypatch, how):
+    real = Learner.losses
+    def losses(self, x):
+        mse, commitment, indices = real(self, x)
+        if how == "item": mse.item()
+        if how == "branch" and mse > 1: commitment = commitment * 2
+        if how == "operand": mse = mse + torch.ones(3).sum().reshape(1)
+        if how == "choice": indices[indices > 3]
+        return mse, commitment, indices
+    monkeypatch.setattr(Learner, "losses", losses)
+
+
+@pytest.mark.parametrize("how, error", [("item", DataDependentOutputException), ("branch", DataDependentOutputException), ("operand", Exception), ("choice", Exception)])
+def test_what_would_wait_or_be_left_behind_is_caught(monkeypatch, how, error):
+    spoilt(monkeypatch, how)
+    with FakeTensorMode():
+        learner = on_cuda(SMALL)
+        learner.begin(0)
+        with pytest.raises(error) as caught: one_step(learner, pictures())
+    words = {"item": "_local_scalar_dense", "branch": "", "operand": "cuda", "choice": ""}[how]
+    assert words in str(caught.value) and not isinstance(caught.value, AssertionError)
+
+
+def test_a_codebook_left_on_the_cpu_is_caught():
+    with FakeTensorMode():
+        learner = on_cuda(SMALL)
+        learner.begin(0)
+        learner.model.quantizer.codebook = learner.model.quantizer.codebook.cpu()
+        with pytest.raises(Exception, match="cpu"): one_step(learner, pictures())
