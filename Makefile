@@ -7,7 +7,7 @@ OLDEST := .venv-oldest
 PIP_FLAGS := --disable-pip-version-check -q --config-settings editable_mode=compat
 PACKAGE := settings.ini setup.py pyproject.toml
 
-.PHONY: help train test test-integrations test-oldest lab docs quarto export notebooks clean
+.PHONY: help train test test-integrations test-oldest gpu-check full lab docs quarto export notebooks clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +15,8 @@ help:
 	@echo "make test               all notebooks and tests"
 	@echo "make test-integrations  ONNX, Lightning, accelerate, diffusers, transformers (installs them into .venv)"
 	@echo "make test-oldest        the tests of the package with the oldest versions that settings.ini allows"
+	@echo "make gpu-check          on a machine with a GPU: tests, kernels, benchmarks, 200 steps of the preset cuda, into gpu-check.json"
+	@echo "make full               on a machine with a GPU: the full run, three seeds, and the tables and figures of the chapter on the run"
 	@echo "make lab                JupyterLab on the notebooks"
 	@echo "make docs               the site, into _docs/ (needs Quarto)"
 	@echo "make export             rotvq/ and README.md from the notebooks"
@@ -72,6 +74,15 @@ test-integrations: $(VENV)/integrations-ready
 # Without the tests of the project itself, which need nbdev.
 test-oldest: $(OLDEST)/ready
 	@PATH="$(CURDIR)/$(OLDEST)/bin:$$PATH" python -m pytest $(foreach t,project claims explorables compatibility,--ignore tests/test_$(t).py)
+
+gpu-check: $(VENV)/dev-ready
+	@$(BIN)/python benchmarks/gpu_check.py
+
+# The notebook reads the results that the script writes; both go on where they were stopped.
+full: $(VENV)/dev-ready
+	@$(BIN)/python benchmarks/convergence.py --preset cuda
+	@cd nbs && ROTVQ_DATA=sample ROTVQ_PRESET=smoke ROTVQ_STATIC=1 ../$(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False 13_run.ipynb
+	@$(BIN)/nbdev_clean
 
 # In a container one is often root, where JupyterLab does not start unless told to.
 lab: $(VENV)/dev-ready

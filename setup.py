@@ -22,9 +22,9 @@ setup(
     license="Apache-2.0",
     packages=["rotvq"],
     py_modules=["rotvq_command"],
-    package_data={"rotvq": ["sample/*.md", "sample/*/*/*.jpg"]},
+    package_data={"rotvq": ["sample/*.md", "sample/*/*/*.jpg", "pretrained/*", "judge/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("plots", "dev", "integrations")},
+    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("plots", "metrics", "dev", "integrations")},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
 )

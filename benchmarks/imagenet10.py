@@ -3,7 +3,7 @@
     python benchmarks/imagenet10.py [--data DIR] [--preset cpu] [--long]
 
 Writes nbs/results/imagenet10_<preset>.json (a row for each epoch, estimator, seed and setting) after every run, so it can be
-stopped and started again, and two pictures into nbs/images/: effect.png, the curves of all seeds and of the long run, and
+stopped and started again, and two pictures into nbs/images/: effect.png, the curves of all seeds and of seed 0 of convergence.py, and
 reconstructions.png, free photographs through the models of the first run. With --long it makes the long run instead (45 epochs, one
 seed), into nbs/results/imagenet10_<preset>_long.json.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from rotvq.report import save_rows
+from rotvq.report import curve_rows, save_rows
 from rotvq.data import SAMPLE, ImageNet10, Source, decode_picture, imagenet10, list_pictures
 from rotvq.model import VQVAE
 from rotvq.plots import save_run_curves
@@ -77,10 +77,13 @@ def draw(run: Path, file: Path, size: int = 128) -> None:
     save_rows(rows, file)
 
 
-def effect(results: Path, of_long: Path) -> None:
-    "effect.png from what has been measured."
-    short, longer = (json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else [] for file in (results, of_long))
-    save_run_curves([row for row in short if row["setting"] == "uniform start"], ROOT / "nbs" / "images" / "effect.png", longer)
+def effect(results: Path) -> None:
+    "effect.png from what has been measured here and by convergence.py."
+    short = json.loads(results.read_text(encoding="utf-8"))["rows"] if results.exists() else []
+    longer = results.with_name("imagenet10_convergence.json")
+    models = json.loads(longer.read_text(encoding="utf-8"))["models"] if longer.exists() else []
+    first = [m for m in models if (m["setting"], m["seed"]) == ("constant", 0)]
+    save_run_curves([row for row in short if row["setting"] == "uniform start"], ROOT / "nbs" / "images" / "effect.png", curve_rows(first))
 
 
 if __name__ == "__main__":
@@ -102,4 +105,4 @@ if __name__ == "__main__":
         rows = measure(preset, source, args.runs, results, SETTINGS)
         measure_again(rows, preset, source, args.runs, results)
         draw(args.runs / "uniform-start-seed0", ROOT / "nbs" / "images" / "reconstructions.png")
-    effect(results, of_long)
+    effect(results)

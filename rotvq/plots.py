@@ -316,7 +316,7 @@ def color_of(estimator: str) -> str:
     "That of an estimator, of one after another, or of something else."
     return COLORS.get(estimator, AFTER if "-then-" in estimator else "0.3")
 
-# %% ../nbs/90_plots.ipynb #a672c3e6
+# %% ../nbs/90_plots.ipynb #ecca58c5
 def run_curves(
     rows: list[dict],  # as in `metrics.jsonl`
     longer: list[
@@ -332,6 +332,7 @@ def run_curves(
         "usage": "codes used",
         "perplexity": "perplexity",
     }
+    known = {row["estimator"] for row in rows}
     for ax, (key, title) in zip(axes, panels.items()):
         for estimator in dict.fromkeys(row["estimator"] for row in rows):
             mine = [row for row in rows if row["estimator"] == estimator]
@@ -353,6 +354,7 @@ def run_curves(
                 color=color_of(estimator),
                 lw=1,
                 alpha=0.8,
+                label=None if estimator in known else title_of(estimator),
             )
         ax.set(title=title, xlabel="epoch")
         if longer:

@@ -66,7 +66,7 @@ def test_eval_and_reconstruct(trained, tmp_path, capsys):
     assert main(["eval", str(trained / "ste" / "model.safetensors"), "--data", "sample", "--limit", "40"]) == 0
     assert "quantization_error" in capsys.readouterr().out
     pictures = [str(p) for p in list_pictures(SAMPLE.root, "val")[0]]
-    assert main(["reconstruct", str(trained / "rotation"), *pictures, "--out", str(tmp_path / "deep" / "out.png")]) == 0
+    assert main(["reconstruct", *pictures, "--checkpoint", str(trained / "rotation"), "--out", str(tmp_path / "deep" / "out.png")]) == 0
     sheet = torch.tensor(decode_picture(tmp_path / "deep" / "out.png", 64))
     assert sheet.float().std() > 10
 
@@ -90,7 +90,7 @@ def test_a_comparison_names_the_models_inside(trained, capsys):
     assert str(trained / "rotation") in said and str(trained / "ste") in said
 
 
-@pytest.mark.parametrize("arguments", [[], ["train", "--preset", "huge"], ["fly"], ["eval"], ["reconstruct", "x", "y"], ["train", "--lr", "fast"], ["train", "--schedule", "step"], ["train", "--lrr", "1"]])
+@pytest.mark.parametrize("arguments", [[], ["train", "--preset", "huge"], ["fly"], ["eval"], ["reconstruct", "x", "--size", "big"], ["train", "--lr", "fast"], ["train", "--schedule", "step"], ["train", "--lrr", "1"]])
 def test_bad_usage_is_exit_code_2(arguments, capsys):
     with pytest.raises(SystemExit) as error: main(arguments)
     assert error.value.code == 2 and "rotvq" in capsys.readouterr().err
@@ -123,15 +123,34 @@ def test_stopwatch_adds_up_and_keeps_what_it_had():
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"model": 3}', '{"model": {"widths": 3}}', '{"model": {"width": 8}}'])
-@pytest.mark.parametrize("command", [["eval"], ["reconstruct", "x.png", "--out", "y.png"]], ids=lambda c: c[0])
-def test_a_broken_config_is_named(trained, tmp_path, capsys, text, command):
+@pytest.mark.parametrize("verb", ["eval", "reconstruct"])
+def test_a_broken_config_is_named(trained, tmp_path, capsys, text, verb):
     for name in ("model.safetensors", "config.json"): (tmp_path / name).write_bytes((trained / "ste" / name).read_bytes())
     Image.new("RGB", (40, 40)).save(tmp_path / "x.png")
     (tmp_path / "config.json").write_text(text)
-    verb, *rest = command
-    assert main([verb, str(tmp_path), *[str(tmp_path / word) if word.endswith(".png") else word for word in rest]] + (["--data", "sample"] if verb == "eval" else [])) == 1
+    words = ["eval", str(tmp_path), "--data", "sample"] if verb == "eval" else ["reconstruct", str(tmp_path / "x.png"), "--checkpoint", str(tmp_path), "--out", str(tmp_path / "y.png")]
+    assert main(words) == 1
     said = capsys.readouterr().err
     assert said.startswith("rotvq: ") and "config.json" in said and str(tmp_path) in said
+
+
+def test_a_photo_goes_through_the_model_that_comes_with_the_package(tmp_path, capsys):
+    "The first thing that somebody tries, in a folder that is not the clone."
+    photo = list_pictures(SAMPLE.root, "val")[0][0]
+    done = subprocess.run([sys.executable, "-m", "rotvq", "reconstruct", str(photo)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "10240 bits a picture" in done.stdout and (tmp_path / "reconstruction.png").exists()
+    model = VQVAE.from_pretrained(cli.PRETRAINED)
+    x = training.to_float(torch.tensor(decode_picture(photo, 64))[None])
+    with torch.no_grad(): x_hat = model(x).x_hat
+    assert (x_hat - x).square().mean() < 0.03                             # a photograph that it has not seen
+
+
+def test_eval_in_full(trained, capsys):
+    pytest.importorskip("torchmetrics")
+    assert main(["eval", str(trained / "ste"), "--data", "sample", "--limit", "24", "--full", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert METRICS | {"ssim", "lpips", "r_fid", "r_is", "judge_originals", "judge_reconstructions", "judge_distance"} <= set(result)
 
 
 def test_a_wrong_argument_of_from_pretrained_is_a_type_error(trained):

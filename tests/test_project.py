@@ -108,7 +108,7 @@ def test_every_notebook_is_in_the_sidebar():
 
 def test_import_needs_the_run_time_requirements_only(tmp_path):
     "Import and train with every other package of the development environment out of reach."
-    absent = "matplotlib IPython jupyter_core ipywidgets nbdev fastcore execnb pytest hypothesis vector_quantize_pytorch yaml".split()
+    absent = "matplotlib IPython jupyter_core ipywidgets nbdev fastcore execnb pytest hypothesis vector_quantize_pytorch yaml torchmetrics tensorboard".split()
     code = f"""
 import sys
 sys.modules.update(dict.fromkeys({absent}))                             # None: importing it raises ModuleNotFoundError

@@ -56,6 +56,13 @@ STEP = """
 with several quantizers and with none, where the encoder output goes straight to the decoder. The share is what a step costs more
 than that.
 """
+TRAINING = """
+## Pictures per second {{#training-{device}}}
+
+`python benchmarks/training.py` times whole training steps at the preset `{preset}` with the rotation trick, and the same model around
+`VectorQuantize` of `vector_quantize_pytorch` 1.32; and an epoch of batches without a model, ours against `ImageFolder` in a `DataLoader` with a
+process for each core, which decodes every picture in every epoch. Ours decodes once ({decoding:.0f} s for {pictures:,} pictures here) and reads bytes from then on.
+"""
 BARE = "product and argmax"
 NAMES = ["rotvq", "rotvq, compiled", "plain STE", "plain STE, compiled", "rotate_to", "rotate_to, compiled", "batched matrices"]
 
@@ -177,6 +184,18 @@ def step(held: dict) -> str:
     return "\n".join([STEP.format(device=held["machine"]["device"], **held), table(["", "a step, ms", "share"], rows), about(held), ""])
 
 
+def training(held: dict) -> str:
+    "The section of one device."
+    data, rows = held["data"], []
+    for precision, times in held["steps"].items():
+        ours, theirs = (times[name]["pictures_per_second"] for name in ("rotation", "vector_quantize_pytorch"))
+        rows.append([f"training step, {precision}", f"{ours:.0f}", f"{theirs:.0f}", f"{ours / theirs:.1f}"])
+    ours, theirs = (data[name]["pictures_per_second"] for name in ("rotvq", "ImageFolder and DataLoader"))
+    rows.append(["batches, without a model", f"{ours:.0f}", f"{theirs:.0f}", f"{ours / theirs:.1f}"])
+    text = TRAINING.format(device=held["machine"]["device"], preset=held["preset"], decoding=data["decoding_once_s"], pictures=data["pictures"])
+    return "\n".join([text, table(["pictures per second", "rotvq", "the other", "ratio"], rows), about(held), ""])
+
+
 def traffic(held: dict) -> str:
     "Two tables: kernels, and bytes in multiples of z."
     def part(title: str, shapes: list[dict]) -> str:
@@ -186,7 +205,7 @@ def traffic(held: dict) -> str:
     return "\n".join([TRAFFIC.format(torch=held["torch"]), part("(N, d)", held["estimators"]), TRAFFIC_LAYER, part("(N, d, K)", held["layers"]), ""])
 
 
-SECTIONS = {"estimators": (estimators, draw), "quantizer": (quantizer, draw_quantizer), "step": (step, None)}
+SECTIONS = {"estimators": (estimators, draw), "quantizer": (quantizer, draw_quantizer), "step": (step, None), "training": (training, None)}
 
 
 def page() -> tuple[str, list]:

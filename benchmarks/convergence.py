@@ -1,0 +1,84 @@
+"""The preset cpu to its end: straight-through, rotation, and rotation followed by straight-through, over seeds and schedules.
+
+    python benchmarks/convergence.py [--data DIR] [--seeds 0 1 2] [--preset cuda]
+
+45 epochs each, at a constant learning rate of 3e-4 and with one epoch of warm-up and a cosine from 1e-3, under bfloat16 autocast
+(twice as fast as float32 on a CPU with matrix units, and slower on others). Each run is resumed where it was stopped. What is
+finished goes into nbs/results/imagenet10_convergence.json, one entry for each model with its curves. Nine hours of one core a
+setting and three seeds.
+"""
+import argparse
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+from rotvq.cli import in_full
+from rotvq.data import SAMPLE, ImageNet10, Source, imagenet10
+from rotvq.model import VQVAE
+from rotvq.runs import write_atomically
+from rotvq.training import PRESETS, best_device, train
+
+ROOT = Path(__file__).resolve().parent.parent
+ESTIMATORS = ("ste", "rotation", "rotation-then-ste")
+BASE = dataclasses.replace(PRESETS["cpu"], epochs=45, precision="bfloat16")
+SETTINGS = {
+    "constant": BASE,
+    "cosine": dataclasses.replace(BASE, lr=1e-3, warmup=1.0, schedule="cosine"),
+}
+PRESET_SETTINGS = {"cpu": SETTINGS, "cuda": {"cuda": PRESETS["cuda"]}}
+CURVES = ("mse", "quantization_error", "relative_error", "usage", "perplexity", "train_mse")
+
+
+def entries(setting: str, seed: int, folder: Path, held: ImageNet10) -> list[dict]:
+    "What a finished run has measured: for each model its curves, one number an epoch, and at the end all metrics that can be had."
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    found = []
+    for name in ESTIMATORS:
+        mine = sorted((row for row in rows if row["estimator"] == name), key=lambda row: row["epoch"])
+        curves = {key: [float(f"{row[key]:.5g}") for row in mine] for key in CURVES}
+        model = VQVAE.from_pretrained(folder / name).to(best_device())
+        full = {key: None if math.isnan(value) else float(f"{value:.5g}") for key, value in in_full(model, held).items()}
+        tokens = (held.size // 2 ** model.config["downsamples"]) ** 2
+        full["bits"] = round(tokens * math.log2(mine[-1]["perplexity"]), 1)      # of an ideal code for the symbols, one by one
+        found.append({"setting": setting, "seed": seed, "estimator": name, "pictures": mine[-1]["images"], "seconds": mine[-1]["seconds"],
+                      "machine": about["machine"]["name"], "torch": about["machine"]["torch"], "end": full} | curves)
+    return found
+
+
+def finished(folder: Path, epochs: int) -> bool:
+    file = folder / "metrics.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return len(lines) == epochs * len(ESTIMATORS)
+
+
+def main():
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--data", help="see `rotvq train --help`")
+    options.add_argument("--runs", type=Path, default=ROOT / "runs" / "convergence")
+    options.add_argument("--preset", choices=("cpu", "cuda"), default="cpu", help="cuda: one setting, that preset as it is")
+    options.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    options.add_argument("--collect", action="store_true", help="only gather what is finished")
+    args = options.parse_args()
+    results = ROOT / "nbs" / "results" / f"imagenet10_{'convergence' if args.preset == 'cpu' else args.preset}.json"
+    held = json.loads(results.read_text(encoding="utf-8"))["models"] if results.exists() else []
+    source = imagenet10(args.data)
+    if source == SAMPLE: raise SystemExit("This experiment needs ImageNet-10: name its folder with --data.")
+    held = {(m["setting"], m["seed"], m["estimator"]): m for m in held}
+    for seed in args.seeds:
+        for setting, config in PRESET_SETTINGS[args.preset].items():
+            folder = args.runs / f"{setting}-seed{seed}"
+            if (setting, seed, ESTIMATORS[-1]) in held: continue
+            if not finished(folder, config.epochs):
+                if args.collect: continue
+                train(config, ESTIMATORS, Source(source.root, "imagenet10"), folder, seed, resume="auto")
+            pictures = ImageNet10("val", config.size, source, config.limit)
+            held |= {(m["setting"], m["seed"], m["estimator"]): m for m in entries(setting, seed, folder, pictures)}
+            settings = {name: dataclasses.asdict(c) for name, c in PRESET_SETTINGS[args.preset].items()}
+            models = [held[key] for key in sorted(held)]
+            write_atomically(results, json.dumps({"settings": settings, "models": models}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
