@@ -49,7 +49,7 @@ def first_before_others() -> Iterator[None]:
 
 # %% ../nbs/82_processes.ipynb #46c6c930
 def best_device() -> torch.device:
-    "The accelerator if there is one, else the CPU; under `torchrun` one for each process."
+    "The accelerator if there is one, each process its own, else the CPU."
     if not torch.accelerator.is_available():
         return torch.device("cpu")
     kind = torch.accelerator.current_accelerator().type
@@ -75,7 +75,8 @@ def launched(
 
         store, rank, world = next(rendezvous("env://"))
         # a group that torchrun has restarted would find the addresses of the one before
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(attempt, store)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     try:

@@ -294,7 +294,7 @@ class StartedCodebook(LearningCodebook):
         "All processes take over the codes of the first one."
         names = "codebook", "sums", "counts", "idle", "waited", "batches", "salt"
         states = [getattr(self, name) for name in names if hasattr(self, name)]
-        # one message: in a compiled graph the order of several is not the same everywhere
+        # one message: compiled, the order of several is not the same everywhere
         parts = [state.detach().reshape(-1).view(torch.uint8) for state in states]
         held = broadcast(torch.cat(parts)).split([len(part) for part in parts])
         for state, part in zip(states, held):

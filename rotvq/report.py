@@ -33,10 +33,11 @@ TABLE_ROWS = {
     "perplexity": ("perplexity", "{:.0f}"),
     "seconds": ("training, s", "{:.0f}"),
 }
-CAVEAT = """One seed, one setting, and early: after 45 epochs straight-through has filled its codebook
-too and has the lower error, while a classifier recognises more of rotation's pictures;
---estimators rotation-then-ste has the best of both. With a k-means start straight-through
-uses a third to a half of its codes after five epochs already. Figures: nbs/13_run.ipynb."""
+CAVEAT = """One seed, one setting, and early: after 45 epochs straight-through has filled
+its codebook too and has the lower error, while a classifier recognises more of
+rotation's pictures; --estimators rotation-then-ste has the best of both. With a k-means
+start straight-through uses a third to a half of its codes after five epochs already.
+Figures: nbs/13_run.ipynb."""
 
 
 def comparison_table(rows: list[dict]) -> str:
@@ -116,7 +117,7 @@ def save_pictures(run: Run, images: Pictures) -> list[Path]:
 def curve_rows(models: list[dict]) -> list[dict]:
     "Models with a list for each metric, one number an epoch, as rows of metrics.jsonl."
     return [
-        {key: value[epoch] if isinstance(value, list) else value for key, value in m.items()}
+        {key: x[epoch] if isinstance(x, list) else x for key, x in m.items()}
         | {"epoch": epoch + 1}
         for m in models
         for epoch in range(len(m["mse"]))
@@ -146,9 +147,13 @@ def codebook_map(codes: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
 
 # %% ../nbs/89_report.ipynb #7ad3b6c1
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff }
-table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .25rem .8rem; border-bottom: 1px solid #ddd; text-align: right }
-td:first-child, th:first-child { text-align: left } img { max-width: 100%; height: auto } pre { overflow-x: auto; background: #f6f6f6; padding: .8rem }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto;
+  padding: 0 1rem; color: #222; background: #fff }
+table { border-collapse: collapse; margin: 1rem 0 }
+td, th { padding: .25rem .8rem; border-bottom: 1px solid #ddd; text-align: right }
+td:first-child, th:first-child { text-align: left }
+img { max-width: 100%; height: auto }
+pre { overflow-x: auto; background: #f6f6f6; padding: .8rem }
 .scroll { overflow-x: auto }
 """
 
@@ -225,7 +230,8 @@ def write_report(run: Path) -> Path:
         "<!doctype html><html lang='en'><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width'>"
         f"<title>{html.escape(run.resolve().name)}</title><style>{STYLE}</style>"
-        f"<h1>{html.escape(run.resolve().name)}</h1>{results_table(rows)}{''.join(parts)}"
+        f"<h1>{html.escape(run.resolve().name)}</h1>"
+        f"{results_table(rows)}{''.join(parts)}"
         f"<h2>Settings</h2>{_table(['field', 'value'], [[k, v] for k, v in settings])}"
         f"<h2>Record</h2><pre>{html.escape(json.dumps(record, indent=1))}</pre></html>\n"
     )

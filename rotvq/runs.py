@@ -185,7 +185,7 @@ def alone_in(folder: Path):
         ) from error
     try:
         yield
-    finally:  # the file may stay: without it, two others could lock two files of this name
+    finally:  # the file may stay, else two others could lock two files of this name
         lock.release()
 
 # %% ../nbs/87_runs.ipynb #4a0c0bbc

@@ -143,7 +143,7 @@ PRESETS = {
 
 # %% ../nbs/12_training.ipynb #691ab586
 def find_preset(preset: str | Config = "auto") -> Config:
-    'A preset by name; "auto" is `ROTVQ_PRESET` if set, else "cuda" or "cpu" by hardware.'
+    'A preset by name; "auto" is `ROTVQ_PRESET` if set, else "cuda" or "cpu".'
     if isinstance(preset, Config):
         return preset
     if preset == "auto":
@@ -317,7 +317,8 @@ class Learner:
     def losses(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         "Reconstruction error and commitment loss of `x`, and its indices."
         half = self.config.precision == "bfloat16"
-        cast = torch.autocast(self.device.type, torch.bfloat16) if half else nullcontext()
+        kind = self.device.type
+        cast = torch.autocast(kind, torch.bfloat16) if half else nullcontext()
         with cast:
             x_hat, indices, commitment = self.net(x)
         return (x_hat.float() - x).square().mean(), commitment, indices
