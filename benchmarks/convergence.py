@@ -33,7 +33,7 @@ CURVES = ("mse", "quantization_error", "relative_error", "usage", "perplexity", 
 def entries(setting: str, seed: int, folder: Path, held: ImageNet10) -> list[dict]:
     "What a finished run has measured: for each model its curves, one number an epoch, and at the end all metrics that can be had."
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     found = []
     for name in ESTIMATORS:
         mine = sorted((row for row in rows if row["estimator"] == name), key=lambda row: row["epoch"])

@@ -67,7 +67,7 @@ class Train:
     settings: OmitArgPrefixes[Config]
     # where the settings begin; auto: by hardware
     preset: Literal[("auto", *PRESETS)] | None = None
-    # a config.json, of a run for example, instead of a preset
+    # a file of settings, run.json of a run for example, instead of a preset
     config: Path | None = None
     # one or several, side by side: ste, rotation, reflection, or two like rotation-then-ste
     estimators: tuple[str, ...] = ("ste", "rotation")
@@ -90,7 +90,7 @@ class Train:
 
 # %% ../nbs/91_cli.ipynb #7d34f201
 def settings_of(file: Path) -> Config:
-    "The config in a JSON file: its fields, or the config.json of a run."
+    "The config in a JSON file: its fields, or the run.json of a run."
     try:
         held = json.loads(Path(file).read_text(encoding="utf-8"))
         fields = held["run"]["preset"] if "run" in held else held

@@ -9,6 +9,7 @@ __all__ = ['ResidualBlock', 'Encoder', 'Decoder', 'Reconstruction', 'VQVAE', 're
 # %% ../nbs/10_model.ipynb #7cdfe90f
 import json
 import os
+import re
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -169,10 +170,10 @@ def replacing(file: Path):
 def save_pretrained(
     model: VQVAE,
     folder: str | Path,
-    **extra,  # further entries for config.json
+    **about,  # what else is known of it: entries of run.json
 ) -> None:
-    """Write `config.json` and `model.safetensors`. A custom estimator is saved by its
-    name only."""
+    """Write `config.json`, the arguments of `VQVAE`, and `model.safetensors`, as
+    `PyTorchModelHubMixin` reads them. A custom estimator is saved by its name only."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = model.config | {"estimator": model.quantizer.estimator_name}
@@ -182,32 +183,56 @@ def save_pretrained(
     }
     with replacing(folder / "model.safetensors") as weights:
         save_file(tensors, weights)
-    with replacing(folder / "config.json") as text:
-        text.write_text(
-            json.dumps({"model": config, **extra}, indent=1) + "\n", encoding="utf-8"
-        )
+    for name, content in {"run.json": about, "config.json": config}.items():
+        if content:
+            with replacing(folder / name) as text:
+                text.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 # %% ../nbs/10_model.ipynb #42d954b0
-def read_config(folder: str | Path) -> dict:
-    "`config.json` of a saved model; raises `ValueError` or `OSError` naming the file."
-    file = Path(folder) / "config.json"
+def _read_json(file: Path) -> dict:
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        held = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is damaged ({error}).") from error
-    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
+    if not isinstance(held, dict):
+        raise ValueError(f"{file} is not that of a saved model: it holds no object.")
+    return held
+
+# %% ../nbs/10_model.ipynb #513dd28f
+def read_config(folder: str | Path) -> dict:
+    """What is known of a saved model: its arguments as `"model"`, and the entries of
+    run.json. Raises `ValueError` or `OSError` naming the file."""
+    folder = Path(folder)
+    file, about = folder / "config.json", folder / "run.json"
+    config = _read_json(file)
+    config = config if "model" in config else {"model": config}  # rotvq 0.0.2 nested it
+    if not config["model"] or not isinstance(config["model"], dict):
+        raise ValueError(f"{file} is not that of a saved model: it names no arguments.")
+    return config | (_read_json(about) if about.is_file() else {})
+
+# %% ../nbs/10_model.ipynb #0f44f724
+def _from_hub(name: str) -> Path:
+    "The folder of a model on the Hugging Face Hub, downloaded once."
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
         raise ValueError(
-            f'{file} is not that of a saved model: it has no entry "model".'
-        )
-    return config
+            f"{name} is no folder here. To load it from the Hugging Face Hub: "
+            "pip install huggingface_hub"
+        ) from error
+    files = ["config.json", "model.safetensors", "run.json"]
+    return Path(snapshot_download(name, allow_patterns=files))
 
 # %% ../nbs/10_model.ipynb #2808dfce
 def from_pretrained(
-    folder: str | Path,  # a folder written by `save_pretrained`
+    folder: str | Path,  # written by `save_pretrained`; or "user/name" on the Hub
     **changes,  # model arguments to replace, e.g. `estimator=my_function`
 ) -> VQVAE:
     """Load a model, in eval mode on the CPU. Raises `FileNotFoundError` or
     `ValueError` naming what is wrong."""
+    on_hub = isinstance(folder, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", folder)
+    if on_hub and not Path(folder).exists():
+        folder = _from_hub(folder)
     folder = Path(folder)
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():

@@ -207,7 +207,7 @@ def write_report(run: Path) -> Path:
     rows = [
         json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()
     ]
-    about = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    about = json.loads((run / "run.json").read_text(encoding="utf-8"))
     try:
         import matplotlib.pyplot as plt
 
@@ -221,7 +221,7 @@ def write_report(run: Path) -> Path:
     sheet = run / "reconstructions.png"
     pictures = [("Curves", figures[0]), ("Codebook map", figures[1])]
     pictures += [("Reconstructions", sheet)] if sheet.exists() else []
-    record = {k: v for k, v in about.items() if k not in ("run", "model")}
+    record = {key: value for key, value in about.items() if key != "run"}
     settings = about["run"]["preset"].items()
     parts = [f"<h2>{t}</h2><img alt='{t}' src='{_png(f)}'>" for t, f in pictures]
     for figure in figures:

@@ -418,7 +418,7 @@ class Run:
         return self.out / estimator if len(self.estimators) > 1 else self.out
 
     def publish(self, learners: dict[str, Learner]) -> None:
-        "Write models, metrics and config.json."
+        "Write models, metrics and run.json."
         # a path of this machine, for resuming only
         public = {k: v for k, v in self.config.items() if k != "root"}
         about = {"run": public} | self.record
@@ -428,7 +428,7 @@ class Run:
             write_atomically(self.folder(name) / "metrics.jsonl", in_lines(mine))
         if len(self.estimators) > 1:
             text = json.dumps(about, indent=1) + "\n"
-            write_atomically(self.out / "config.json", text)
+            write_atomically(self.out / "run.json", text)
             write_atomically(self.out / "metrics.jsonl", in_lines(self.rows))
 
     def save(

@@ -235,7 +235,7 @@ def test_an_error_while_streaming_names_the_file(tmp_path):
 
 def test_the_record_and_the_curves(tmp_path):
     run = train(TINY, "rotation", SAMPLE, tmp_path / "run", quiet=True, profile=True)
-    about = json.loads((tmp_path / "run" / "config.json").read_text())
+    about = json.loads((tmp_path / "run" / "run.json").read_text())
     assert about["run"]["seed"] == 0 and about["run"]["preset"] == dataclasses.asdict(TINY)
     assert {"machine", "versions", "commit", "command", "pictures", "started"} <= set(about) and "root" not in about["run"]
     assert {"python", "rotvq", "torchvision", "numpy"} <= set(about["versions"]) and about["machine"]["torch"] == torch.__version__

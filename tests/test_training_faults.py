@@ -194,7 +194,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
         child.wait()
         train(TINY, "ste", SAMPLE, tmp_path / "run", quiet=True)
     finally: child.kill(); child.wait(); child.stdout.close()
-    assert {"config.json", "metrics.jsonl", "model.safetensors", "states", "steps.jsonl"} <= {p.name for p in (tmp_path / "run").iterdir()}
+    assert {"config.json", "run.json", "metrics.jsonl", "model.safetensors", "states", "steps.jsonl"} <= {p.name for p in (tmp_path / "run").iterdir()}
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, capsys):
