@@ -16,7 +16,7 @@ help:
 	@echo "make test-integrations  ONNX, Lightning, accelerate, diffusers, transformers (installs them into .venv)"
 	@echo "make test-oldest        the tests of the package with the oldest versions that settings.ini allows"
 	@echo "make gpu-check          on a machine with a GPU: tests, kernels, benchmarks, 200 steps of the preset cuda, into gpu-check.json"
-	@echo "make full               on a machine with a GPU: the full run, three seeds, and the tables and figures of the chapter on the run"
+	@echo "make full               on a machine with a GPU: the full run, three seeds, and its figures in the chapter on the run"
 	@echo "make lab                JupyterLab on the notebooks"
 	@echo "make docs               the site, into _docs/ (needs Quarto)"
 	@echo "make export             rotvq/ and README.md from the notebooks"

@@ -4,8 +4,8 @@
 
 45 epochs each, at a constant learning rate of 3e-4 and with one epoch of warm-up and a cosine from 1e-3, under bfloat16 autocast
 (twice as fast as float32 on a CPU with matrix units, and slower on others). Each run is resumed where it was stopped. What is
-finished goes into nbs/results/imagenet10_convergence.json, one entry for each model with its curves. Nine hours of one core a
-setting and three seeds.
+finished goes into nbs/results/imagenet10_convergence.json, one entry for each model with its curves. About forty minutes of one core
+for a setting and seed.
 """
 import argparse
 import dataclasses

@@ -10,6 +10,7 @@ __all__ = ['world_size', 'rank_of', 'from_first', 'first_before_others', 'best_d
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -78,7 +79,10 @@ def launched(
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(attempt, store)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+        long = timedelta(hours=2)  # the first process may decode a whole data set
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world, timeout=long
+        )
     try:
         yield device
     finally:

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['NEEDED', 'quantization_error', 'relative_error', 'psnr', 'frechet_distance', 'perceptual', 'Block', 'Judge',
-           'load_judge', 'judged']
+           'load_judge', 'judge_classes', 'judged']
 
 # %% ../nbs/11_metrics.ipynb #f19864ef
+import json
 import math
 import sys
 from collections.abc import Callable
@@ -37,7 +38,7 @@ def psnr(
     range: float = 2.0,  # of the pictures: 2 for [−1, 1]
 ) -> float:  # decibels
     "10 log₁₀(range² / mse); infinite for a perfect copy."
-    return 10 * math.log10(range**2 / mse) if mse > 0 else math.inf
+    return math.inf if mse == 0 else 10 * math.log10(range**2 / mse)
 
 # %% ../nbs/11_metrics.ipynb #773ce875
 def frechet_distance(
@@ -45,7 +46,7 @@ def frechet_distance(
     b: Tensor,  # features, `(M, d)`
 ) -> float:
     "Between the normal distributions with the means and covariances of `a` and `b`."
-    a, b = a.double(), b.double()
+    a, b = a.cpu().double(), b.cpu().double()
     first, second = torch.cov(a.T), torch.cov(b.T)
     values, vectors = torch.linalg.eigh(first)
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T
@@ -164,6 +165,12 @@ def load_judge() -> Judge:
     return judge.eval().requires_grad_(False)
 
 # %% ../nbs/11_metrics.ipynb #de13d7b7
+def judge_classes() -> list[str]:
+    "The folders of the classes that the judge knows, in their order."
+    about = resource_files("rotvq") / "judge" / "about.json"
+    return json.loads(about.read_text(encoding="utf-8"))["classes"]
+
+# %% ../nbs/11_metrics.ipynb #3214df19
 @torch.no_grad()
 def judged(
     judge: Judge,

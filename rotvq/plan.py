@@ -7,6 +7,7 @@ __all__ = ['LIMITS', 'Plan', 'nbytes', 'Moved', 'Kept', 'plan', 'least_seconds',
 
 # %% ../nbs/88_plan.ipynb #962d0e75
 import dataclasses
+import re
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from .data import LARGE
 from .training import Config, Learner, steps_in_epoch
 
 # %% ../nbs/88_plan.ipynb #2f2148f8
@@ -29,6 +31,7 @@ class Plan(NamedTuple):
     flops: float  # of a step, over all processes
     traffic: float  # bytes that a step moves in eager mode, over all processes
     steps: int  # in an epoch
+    processes: int = 1
 
     @property
     def memory(self) -> int:
@@ -80,7 +83,7 @@ def plan(
     world: int = 1,  # processes
 ) -> Plan:
     "Count one step of `config` on the meta device."
-    share = min(config.batch, total or pictures) // world
+    share = max(1, min(config.batch, total or pictures) // world)
     size = min(config.micro_batch or share, share)
     plain = dataclasses.replace(config, precision="float32", compile=False)
     learner = Learner(plain, "rotation", 0, torch.device("meta"))
@@ -104,14 +107,16 @@ def plan(
     sizes = sorted(kept.held.values(), reverse=True)
     lookup = 2 * indices.numel() * config.codebook_size * config.dim
     parts = share / size * world  # micro-batches of a step
+    held = pictures * 3 * config.size**2
     return Plan(
         sum(p.numel() for p in weights),
         state,
         sum(sizes) + 2 * sizes[0],
-        pictures * 3 * config.size**2,
+        held if held <= LARGE else 0,  # else they are streamed
         (flops.get_total_flops() + lookup) * parts,
         moved.bytes * parts,
         steps_in_epoch(config, total or pictures),
+        world,
     )
 
 # %% ../nbs/88_plan.ipynb #e28aba16
@@ -125,17 +130,18 @@ LIMITS = {  # operations and bytes per second
 
 
 def least_seconds(plan: Plan, device: str) -> float | None:
-    "For a step on a device by its name, all on one; `None` where it is not known."
+    "For a step on devices of a name, one a process; `None` where it is not known."
     for name, (flops, traffic) in LIMITS.items():
-        if name in device:
-            return max(plan.flops / flops, plan.traffic / traffic)
+        if re.search(rf"\b{name}\b", device):
+            step = plan.flops / flops, plan.traffic / traffic
+            return max(step) / plan.processes
     return None
 
 # %% ../nbs/88_plan.ipynb #c3d8661e
 def describe_plan(plan: Plan, device: str = "") -> str:
     "One line for people."
     gb, least = 2**30, least_seconds(plan, device)
-    bound = f", at least {1e3 * least:.1f} ms" if least else ""
+    bound = f", {1e3 * least:.1f} ms or more in eager mode" if least else ""
     return (
         f"{plan.parameters / 1e6:.1f} million weights; memory {plan.memory / gb:.2f} GB "
         f"(state {plan.state / gb:.2f}, activations {plan.activations / gb:.2f}, "

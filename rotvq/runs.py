@@ -111,7 +111,9 @@ def write_state(
     file = folder / f"{state['epoch']:05}-{state['step']:07}.pt"
     with replacing(file) as partial_file:
         torch.save(state | {"format": FORMAT}, partial_file)
-    for old in states_of(out)[max(1, keep) :]:
+    # by age, not by position: a damaged one may lie ahead of those that are written now
+    by_age = sorted(states_of(out), key=lambda f: f.stat().st_mtime_ns, reverse=True)
+    for old in by_age[max(1, keep) :]:
         old.unlink()
     return file
 
@@ -173,6 +175,7 @@ def alone_in(folder: Path):
     process, however that ends."""
     lock = FileLock(folder / ".lock", timeout=0)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
         raise ValueError(

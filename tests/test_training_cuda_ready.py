@@ -35,11 +35,6 @@ def as_on_cuda(kind, dtype=torch.bfloat16, enabled=True):
 def autocast(monkeypatch): monkeypatch.setattr(torch, "autocast", as_on_cuda)
 
 
-class Times(int):
-    def __add__(self, other): return Times(int(self) + other)
-    def to(self, device): return torch.empty((), device=device)
-
-
 def on_cuda(config, estimator: str = "rotation") -> Learner:
     "A learner whose tensors are fake CUDA tensors, made in a fake mode. (`.to` swaps tensors, which fake ones do not bear.)"
     with unset_fake_temporarily(): learner = Learner(config, estimator, 0, torch.device("cpu"))
@@ -49,9 +44,6 @@ def on_cuda(config, estimator: str = "rotation") -> Learner:
         for name, b in module._buffers.items(): module._buffers[name] = torch.empty(b.shape, dtype=b.dtype, device="cuda")
     learner.opt.param_groups[0]["params"] = list(learner.model.parameters())
     learner.device = torch.device("cuda")
-    if learner.average is not None:                                       # how often it was averaged, a number on the CPU (the test below)
-        del learner.average._buffers["n_averaged"]
-        learner.average.n_averaged = Times(1)
     return learner
 
 
@@ -107,10 +99,6 @@ def test_kmeans_waits_for_nothing(monkeypatch, distance):
     generator of the CPU, so they are numbers here too."""
     monkeypatch.setattr(torch, "rand", lambda count, **options: SimpleNamespace(tolist=lambda: [0.5] * count))
     with FakeTensorMode(): assert kmeans(torch.empty(128, 8, device="cuda"), 32, 3, None, distance).device.type == "cuda"
-
-
-def test_the_number_of_averages_is_read_on_the_cpu():
-    assert Learner(dataclasses.replace(SMALL, ema=0.9), "ste", 0, torch.device("meta")).average.n_averaged.device.type == "cpu"
 
 
 @pytest.mark.parametrize("way", list(WAYS))

@@ -25,6 +25,12 @@ TINY = dataclasses.replace(PRESETS["smoke"], name="tiny", limit=48, epochs=2)
 TIMES = ("seconds", "pictures_per_second", "memory_gb")
 
 
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    "Bit for bit is a promise for the CPU only; a GPU adds up some sums in any order."
+    for module in ("distributed", "training", "cli"): monkeypatch.setattr(f"rotvq.{module}.best_device", lambda: torch.device("cpu"))
+
+
 def state_of(out: Path): return VQVAE.from_pretrained(out).state_dict()
 
 
@@ -42,7 +48,7 @@ def lines(file: Path): return [json.loads(line) for line in file.read_text().spl
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_run_killed_at_random_moments_ends_as_one_left_alone(tmp_path):
     "SIGKILL again and again, often in the middle of a write: the same weights, averages, metrics and curves, bit for bit."
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, str(Path(__file__).with_name("killer.py")), str(tmp_path / "killed"), "0"], env=env, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
@@ -176,6 +182,51 @@ def test_a_validation_that_is_no_number_is_not_written(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "evaluate", lambda *args, **options: {"mse": float("nan"), "quantization_error": 1.0, "relative_error": 1.0})
     with pytest.raises(FloatingPointError, match="validation after epoch 1"): train(TINY, "ste", SAMPLE, tmp_path / "run", quiet=True)
     assert not (tmp_path / "run" / "model.safetensors").exists() and not runs.states_of(tmp_path / "run")
+
+
+def test_a_gradient_that_is_no_number_is_noticed_before_it_is_saved(tmp_path, monkeypatch):
+    "The loss of the step is finite, its weights are not any more; a state is due after every step."
+    real, calls = Learner.losses, []
+    class Spoilt(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x): return x.clone()
+        @staticmethod
+        def backward(ctx, g): return g * float("nan")
+    def losses(self, x):
+        calls.append(1)
+        mse, *rest = real(self, x)
+        return (Spoilt.apply(mse) if len(calls) == 3 else mse), *rest
+    monkeypatch.setattr(Learner, "losses", losses)
+    with pytest.raises(FloatingPointError, match="step 3"): train("smoke", "ste", SAMPLE, tmp_path / "run", quiet=True, save_minutes=0)
+    assert runs.load_state(tmp_path / "run")["step"] == 2
+    assert all(value.isfinite().all() for value in runs.load_state(tmp_path / "run")["learners"]["ste"]["model"].values())
+
+
+def test_a_run_goes_on_with_smaller_micro_batches(tmp_path):
+    "What the message about memory says."
+    train(TINY, "ste", SAMPLE, tmp_path / "run", quiet=True)
+    runs.states_of(tmp_path / "run")[0].unlink()
+    assert len(train(dataclasses.replace(TINY, micro_batch=4), "ste", SAMPLE, tmp_path / "run", resume=True, quiet=True).rows) == 2
+
+
+def test_other_pictures_of_the_same_name_are_not_the_same_run(tmp_path):
+    shutil.copytree(SAMPLE.root, tmp_path / "pictures")
+    train(TINY, "ste", str(tmp_path / "pictures"), tmp_path / "run", quiet=True)
+    picture = next((tmp_path / "pictures" / "train").rglob("*.jpg"))
+    picture.write_bytes(picture.read_bytes() + b"x")
+    with pytest.raises(ValueError, match="does not hold the pictures"): train(TINY, "ste", str(tmp_path / "pictures"), tmp_path / "run", resume=True, quiet=True)
+
+
+def test_a_damaged_newest_state_does_not_push_out_what_is_written_after_it(tmp_path):
+    train(TINY, "ste", SAMPLE, tmp_path / "run", quiet=True, save_minutes=0)
+    newest = runs.states_of(tmp_path / "run")[0]
+    newest.write_bytes(b"")
+    os.utime(newest, (1, 1))
+    state = runs.load_state(tmp_path / "run")
+    for file in runs.states_of(tmp_path / "run")[1:]: file.unlink()
+    record = {key: state[key] for key in ("epoch", "step", "sums", "random", "learners")} | {key: json.dumps(state[key]) for key in ("config", "rows")} | {"record": state["record"]}
+    written = runs.write_state(tmp_path / "run", record, keep=1)
+    assert written.exists() and runs.load_state(tmp_path / "run")["step"] == state["step"]
 
 
 # What can happen to a folder
