@@ -13,11 +13,16 @@ import json
 import math
 from pathlib import Path
 
+import torch
+
 from rotvq.cli import in_full
-from rotvq.data import SAMPLE, ImageNet10, Source, imagenet10
+from rotvq.data import SAMPLE, ImageNet10, Source, decode_picture, imagenet10, list_pictures
+from rotvq.distributed import best_device
 from rotvq.model import VQVAE
+from rotvq.quantizer import title_of
+from rotvq.report import save_rows
 from rotvq.runs import write_atomically
-from rotvq.training import PRESETS, best_device, train
+from rotvq.training import PRESETS, to_float, train
 
 ROOT = Path(__file__).resolve().parent.parent
 ESTIMATORS = ("ste", "rotation", "rotation-then-ste")
@@ -45,6 +50,15 @@ def entries(setting: str, seed: int, folder: Path, held: ImageNet10) -> list[dic
         found.append({"setting": setting, "seed": seed, "estimator": name, "pictures": mine[-1]["images"], "seconds": mine[-1]["seconds"],
                       "machine": about["machine"]["name"], "torch": about["machine"]["torch"], "end": full} | curves)
     return found
+
+
+def draw(folder: Path, size: int = 128) -> None:
+    "The bundled photographs through the models of a run, into nbs/images/reconstructions.png."
+    photos = [p for split in ("val", "train") for p in list_pictures(SAMPLE.root, split)[0]]
+    x = to_float(torch.stack([torch.tensor(decode_picture(p, size)) for p in photos]))
+    with torch.no_grad():
+        rows = {title_of(name): VQVAE.from_pretrained(folder / name)(x).x_hat for name in ESTIMATORS}
+    save_rows({"original": x} | rows, ROOT / "nbs" / "images" / "reconstructions.png")
 
 
 def finished(folder: Path, epochs: int) -> bool:
@@ -75,6 +89,7 @@ def main():
                 train(config, ESTIMATORS, Source(source.root, "imagenet10"), folder, seed, resume="auto")
             pictures = ImageNet10("val", config.size, source, config.limit)
             held |= {(m["setting"], m["seed"], m["estimator"]): m for m in entries(setting, seed, folder, pictures)}
+            if (setting, seed) == ("cosine", 0): draw(folder)
             settings = {name: dataclasses.asdict(c) for name, c in PRESET_SETTINGS[args.preset].items()}
             models = [held[key] for key in sorted(held)]
             write_atomically(results, json.dumps({"settings": settings, "models": models}) + "\n")

@@ -3,24 +3,21 @@
     python benchmarks/imagenet10.py [--data DIR] [--preset cpu] [--long]
 
 Writes nbs/results/imagenet10_<preset>.json (a row for each epoch, estimator, seed and setting) after every run, so it can be
-stopped and started again, and two pictures into nbs/images/: effect.png, the curves of all seeds and of seed 0 of convergence.py, and
-reconstructions.png, free photographs through the models of the first run. With --long it makes the long run instead (45 epochs, one
-seed), into nbs/results/imagenet10_<preset>_long.json.
+stopped and started again, and nbs/images/effect.png, the curves of all seeds and of seed 0 of convergence.py. With --long it makes one
+long run in float32 instead (45 epochs), into nbs/results/imagenet10_<preset>_long.json.
 """
 import argparse
 import dataclasses
 import json
 from pathlib import Path
 
-import torch
-
-from rotvq.report import curve_rows, save_rows
-from rotvq.data import SAMPLE, ImageNet10, Source, decode_picture, imagenet10, list_pictures
+from rotvq.data import SAMPLE, ImageNet10, Source, imagenet10, list_pictures
+from rotvq.distributed import best_device
 from rotvq.model import VQVAE
 from rotvq.plots import save_run_curves
-from rotvq.quantizer import TITLES
+from rotvq.report import curve_rows
 from rotvq.runs import hardware, write_atomically
-from rotvq.training import PRESETS, best_device, evaluate, to_float, train
+from rotvq.training import PRESETS, evaluate, train
 
 ROOT = Path(__file__).resolve().parent.parent
 WNIDS = "n01440764 n02102040 n02979186 n03000684 n03028079 n03394916 n03417042 n03425413 n03445777 n03888257".split()
@@ -67,16 +64,6 @@ def measure_again(rows: list[dict], preset, source, runs: Path, results: Path) -
     write_atomically(results, json.dumps(held | {"rows": rows}, indent=1) + "\n")
 
 
-def draw(run: Path, file: Path, size: int = 128) -> None:
-    "The bundled photographs through the models in `run`."
-    photos = [p for split in ("val", "train") for p in list_pictures(SAMPLE.root, split)[0]]
-    x = to_float(torch.stack([torch.tensor(decode_picture(p, size)) for p in photos]))
-    rows = {"original": x}
-    with torch.no_grad():
-        for name in ("ste", "rotation"): rows[TITLES[name]] = VQVAE.from_pretrained(run / name)(x).x_hat
-    save_rows(rows, file)
-
-
 def effect(results: Path) -> None:
     "effect.png from what has been measured here and by convergence.py."
     short = json.loads(results.read_text(encoding="utf-8"))["rows"] if results.exists() else []
@@ -104,5 +91,4 @@ if __name__ == "__main__":
     else:
         rows = measure(preset, source, args.runs, results, SETTINGS)
         measure_again(rows, preset, source, args.runs, results)
-        draw(args.runs / "uniform-start-seed0", ROOT / "nbs" / "images" / "reconstructions.png")
     effect(results)

@@ -16,9 +16,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from rotvq.data import SAMPLE, ImageNet10, imagenet10
+from rotvq.distributed import best_device
 from rotvq.metrics import Judge
 from rotvq.runs import data_fingerprint, hardware
-from rotvq.training import best_device, to_float
+from rotvq.training import to_float
 
 OUT = Path(__file__).resolve().parent.parent / "rotvq" / "judge"
 

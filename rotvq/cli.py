@@ -9,7 +9,6 @@ __all__ = ['PRETRAINED', 'COMMANDS', 'new_folder', 'last_run', 'Train', 'setting
 
 # %% ../nbs/91_cli.ipynb #2c4ebcea
 import argparse
-import dataclasses
 import json
 import math
 import os
@@ -22,10 +21,11 @@ from typing import Annotated, Literal, Union
 import rotvq
 import torch
 import tyro
-from tyro.conf import OmitArgPrefixes, Positional, arg, subcommand
+from tyro.conf import OmitArgPrefixes, Positional, subcommand
 
 from .data import CROPS, SAMPLE, ImageNet10, cache_dir, decode_picture
 from .data import fetch, imagenet10, list_pictures
+from .distributed import best_device
 from .metrics import judge_classes, judged, load_judge, perceptual
 from .model import VQVAE, read_config
 from .plan import describe_plan, plan
@@ -33,7 +33,7 @@ from .quantizer import title_of
 from .report import CAVEAT, comparison_table, save_pictures, save_rows
 from .report import write_report
 from .runs import Stopped, load_state, states_of
-from .training import PRESETS, Config, best_device, check_run, evaluate
+from .training import PRESETS, Config, check_run, evaluate
 from .training import find_preset
 from .training import to_float, train
 

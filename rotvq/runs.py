@@ -10,7 +10,6 @@ __all__ = ['FORMAT', 'data_fingerprint', 'hardware', 'commit_of', 'record', 'wri
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import shlex
 import signal

@@ -31,8 +31,7 @@ from tqdm import tqdm
 
 from .codebook import code_counts, perplexity, usage
 from .data import SAMPLE, ImageNet10, Pictures, Source, fetch, imagenet10
-from .distributed import all_reduce_sum, best_device, first_before_others
-from .distributed import from_first
+from .distributed import all_reduce_sum, first_before_others, from_first
 from .distributed import launched, rank_of, world_size
 from .metrics import psnr, quantization_error
 from .model import VQVAE, replacing

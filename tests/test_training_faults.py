@@ -28,7 +28,7 @@ TIMES = ("seconds", "pictures_per_second", "memory_gb")
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch):
     "Bit for bit is a promise for the CPU only; a GPU adds up some sums in any order."
-    for module in ("distributed", "training", "cli"): monkeypatch.setattr(f"rotvq.{module}.best_device", lambda: torch.device("cpu"))
+    for module in ("distributed", "cli"): monkeypatch.setattr(f"rotvq.{module}.best_device", lambda: torch.device("cpu"))
 
 
 def state_of(out: Path): return VQVAE.from_pretrained(out).state_dict()
