@@ -68,6 +68,13 @@ def commit_of(folder: Path) -> str | None:
     return done.stdout.strip() or None
 
 # %% ../nbs/87_runs.ipynb #d6bd455d
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:  # on the path without pip
+        return None
+
+
 def record(device: torch.device, source: Source) -> dict:
     "What else it takes to repeat a run."
     here = Path(__file__).parent if "__file__" in globals() else Path()
@@ -75,7 +82,7 @@ def record(device: torch.device, source: Source) -> dict:
     return {
         "machine": hardware(device),
         "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in names},
+        | {name: _version(name) for name in names},
         "commit": commit_of(here),
         "command": shlex.join(sys.argv),
         "pictures": data_fingerprint(source),
