@@ -385,5 +385,4 @@ d = { 'settings': { 'branch': 'main',
                                 'rotvq.training.then': ('training.html#then', 'rotvq/training.py'),
                                 'rotvq.training.to_float': ('training.html#to_float', 'rotvq/training.py'),
                                 'rotvq.training.traced': ('training.html#traced', 'rotvq/training.py'),
-                                'rotvq.training.train': ('training.html#train', 'rotvq/training.py'),
-                                'rotvq.training.without_denormals': ('training.html#without_denormals', 'rotvq/training.py')}}}
+                                'rotvq.training.train': ('training.html#train', 'rotvq/training.py')}}}

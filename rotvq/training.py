@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'SYNC_BUFFERS', 'FREE', 'Config', 'check_config', 'find_preset', 'to_float', 'steps_in_epoch', 'order_of',
            'batches', 'rate', 'Stopwatch', 'then', 'Learner', 'sums_of', 'evaluate', 'Run', 'in_lines', 'Log',
            'Diverged', 'Progress', 'Keeper', 'run_epoch', 'describe', 'peak_memory_gb', 'check_run', 'explained',
-           'kept_for_inspection', 'traced', 'without_denormals', 'place', 'new_row', 'go_on', 'train']
+           'kept_for_inspection', 'traced', 'place', 'new_row', 'go_on', 'train']
 
 # %% ../nbs/12_training.ipynb #64b4258e
 import copy
@@ -789,18 +789,6 @@ def traced(out: Path, on: bool) -> Iterator[Callable]:
         print("rotvq: the run was too short for a profile (10 steps)", file=sys.stderr)
 
 # %% ../nbs/12_training.ipynb #2d0a4edf
-@contextmanager
-def without_denormals() -> Iterator[None]:
-    """Numbers below 1e-38 are zero inside, on a CPU: with them a step takes three times
-    as long, and codes that nobody chooses bring them about."""
-    before = (torch.tensor([1e-39]) * 1).item() == 0
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(before)
-
-# %% ../nbs/12_training.ipynb #1e7c4eb7
 def place(images: Pictures, device: torch.device) -> Pictures:
     "On a GPU where they take less than half of its free memory, else where they are."
     if device.type != "cuda" or not isinstance(images, Tensor):
@@ -924,6 +912,6 @@ def train(
                     for learner in learners.values():
                         learner.place_codes(x)
             keeper = Keeper(run, learners, save_minutes, keep)
-            with kept_for_inspection(run, sets[0], config), without_denormals():
+            with kept_for_inspection(run, sets[0], config):
                 go_on(run, learners, *sets, keeper, begun, quiet, profile)
     return run
