@@ -98,7 +98,7 @@ def steps(device: str, preset: str, count: int, compiled: bool) -> dict:
     least = least_seconds(expected, torch.cuda.get_device_name() if cuda else "")
     first, last = losses[0].item(), losses[-1].item()
     return {"ok": last < first, "seconds a step": seconds, "pictures a second": len(x) / seconds, "least seconds": least, "planned bytes": expected.memory,
-            "peak bytes": torch.cuda.max_memory_allocated() if cuda else None, "loss": [first, last], "waits for the host": False}
+            "peak bytes": torch.cuda.max_memory_allocated() if cuda else None, "loss": [first, last]}
 
 
 def main() -> int:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from rotvq.data import SAMPLE, ImageNet10, imagenet10
+from rotvq.data import SAMPLE, ImageNet10, decode_picture, imagenet10, list_pictures
 from rotvq.distributed import best_device
 from rotvq.metrics import Judge
 from rotvq.runs import data_fingerprint, hardware
@@ -38,6 +38,13 @@ def accuracy(judge: Judge, held: ImageNet10, device) -> float:
     judge.eval()
     right = sum((judge(to_float(x.to(device))).argmax(1).cpu() == y).sum() for x, y in zip(held.images.split(256), held.labels.split(256)))
     return right.item() / len(held)
+
+
+def answers(judge: Judge) -> dict[str, int]:
+    "The class that the judge sees in each bundled photograph: no right one is there, but it is always the same."
+    photos = [p for split in ("train", "val") for p in list_pictures(SAMPLE.root, split)[0]]
+    x = to_float(torch.stack([torch.tensor(decode_picture(p, 64)) for p in photos]))
+    with torch.no_grad(): return dict(zip((p.stem for p in photos), judge.eval()(x).argmax(1).tolist()))
 
 
 def main():
@@ -69,7 +76,7 @@ def main():
     halved = {name: value.half() if value.is_floating_point() else value for name, value in judge.cpu().state_dict().items()}
     save_file({name: value.contiguous() for name, value in halved.items()}, OUT / "model.safetensors")
     judge.load_state_dict({name: value.float() if value.is_floating_point() else value for name, value in halved.items()})
-    about = {"classes": train.classes, "accuracy": accuracy(judge, val, torch.device("cpu")), "validation pictures": len(val), "epochs": args.epochs,
+    about = {"classes": train.classes, "accuracy": accuracy(judge, val, torch.device("cpu")), "answers": answers(judge), "validation pictures": len(val), "epochs": args.epochs,
              "pictures": data_fingerprint(source), "minutes": round((time.time() - began) / 60, 1), "machine": hardware(device)}
     (OUT / "about.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 

@@ -69,9 +69,10 @@ class Train:
     preset: Literal[("auto", *PRESETS)] | None = None
     # a file of settings, run.json of a run for example, instead of a preset
     config: Path | None = None
-    # one or several, side by side: ste, rotation, reflection, or two like rotation-then-ste
+    # one or several, side by side: ste, rotation, reflection, or rotation-then-ste
     estimators: tuple[str, ...] = ("ste", "rotation")
-    # folder with train/<class>/ and val/<class>/, or "sample"; None: ROTVQ_DATA, data/imagenet10, the cache, a download
+    # folder with train/<class>/ and val/<class>/, or "sample";
+    # None: ROTVQ_DATA, data/imagenet10, the cache, a download
     data: str | None = None
     # run folder; None: runs/<preset>-<estimator>-seed<N>
     out: Path | None = None
@@ -177,9 +178,8 @@ def foretell(config: Config, source, names: tuple[str, ...]) -> str:
 # %% ../nbs/91_cli.ipynb #07c4f4fa
 def tell(run, source, config: Config) -> None:
     "The table, what to think of it, and the pictures."
-    print(
-        f"\n{comparison_table(run.rows)}\n\non the validation pictures of: {source.name}"
-    )
+    table = comparison_table(run.rows)
+    print(f"\n{table}\n\non the validation pictures of: {source.name}")
     if source == SAMPLE:
         print(
             "These are crops of two photographs. Do not read the figures as results on "
@@ -354,7 +354,7 @@ def parse(argv: list[str]):
         else Annotated[kind, subcommand(name)]
         for name, (kind, _) in COMMANDS.items()
     ]
-    what = "The rotation trick for vector quantization: train a VQ-VAE on ImageNet-10 and look at it."
+    what = "The rotation trick for vector quantization: train a VQ-VAE and look at it."
     return tyro.cli(Union[tuple(kinds)], prog="rotvq", description=what, args=argv)
 
 # %% ../nbs/91_cli.ipynb #6b27e8c5

@@ -349,10 +349,6 @@ class Streamed:
         pictures = [self.decode(self.jobs[i]) for i in indices.tolist()]
         return torch.from_numpy(np.stack(pictures))
 
-    def split(self, count: int) -> list[Tensor]:
-        "Not decoded: use `fetch`."
-        raise TypeError("Streamed pictures are not in memory; read them with fetch().")
-
 # %% ../nbs/09_imagenet10.ipynb #82e0892f
 Pictures = Tensor | Streamed
 

@@ -36,8 +36,9 @@ def jit(function):
 @functools.cache
 def processors(device: torch.device) -> int:
     "Multiprocessors of a GPU; 1 elsewhere."
-    on_gpu = device.type == "cuda"
-    return torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 1
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache
@@ -237,9 +238,11 @@ def pullback_agrees(d: int, dtype: torch.dtype, device) -> bool:
     for mirror in (False, True):
         for scale in (None, gamma):
             args = g, z, q, scale, mirror
-            ours, right = launch_pullback(*args).double(), pullback_definition(*args).double()
+            ours = launch_pullback(*args).double()
+            right = pullback_definition(*args).double()
             error = (ours - right).norm(dim=1) / right.norm(dim=1)
-            same = (ours == right).all(1) | (error < max(1e-5, 2 * torch.finfo(dtype).eps))
+            allowed = max(1e-5, 2 * torch.finfo(dtype).eps)
+            same = (ours == right).all(1) | (error < allowed)
             bad = ~right.isfinite().all(1)
             close.append(torch.where(bad, ~ours.isfinite().all(1), same))
     return bool(torch.cat(close).all())

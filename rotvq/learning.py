@@ -29,7 +29,8 @@ from .surroundings import outside_graphs, separate
 def initial_codebook(
     codebook_size: int,  # K
     dim: int,  # d
-    init: str = "uniform",  # U(±√(6 / (K d))); "kmeans", the same until it is made; "normal"
+    # U(±√(6 / (K d))); "kmeans", the same until it is made; "normal"
+    init: str = "uniform",
 ) -> Tensor:  # `(K, d)`, of the default dtype
     "A codebook drawn from the global random generator."
     if init in ("uniform", "kmeans"):

@@ -143,8 +143,9 @@ def describe_plan(plan: Plan, device: str = "") -> str:
     gb, least = 2**30, least_seconds(plan, device)
     bound = f", {1e3 * least:.1f} ms or more in eager mode" if least else ""
     return (
-        f"{plan.parameters / 1e6:.1f} million weights; memory {plan.memory / gb:.2f} GB "
-        f"(state {plan.state / gb:.2f}, activations {plan.activations / gb:.2f}, "
+        f"{plan.parameters / 1e6:.1f} million weights; "
+        f"memory {plan.memory / gb:.2f} GB (state {plan.state / gb:.2f}, "
+        f"activations {plan.activations / gb:.2f}, "
         f"pictures {plan.pictures / gb:.2f}); a step: {plan.flops / 1e12:.2f} TFLOP, "
         f"{plan.traffic / 1e9:.1f} GB moved{bound}; {plan.steps} steps an epoch"
     )

@@ -212,8 +212,9 @@ def steps_of_a_cell(
 
 # %% ../nbs/90_plots.ipynb #176135f6
 def explorable(name: str, draw: Callable[..., Figure], **start: float):
-    """`draw(**start)` with sliders in a live notebook. Where no one can move them (the site, the tests, `make notebooks`)
-    the picture, which the script of the site replaces by its scene `name`."""
+    """`draw(**start)` with sliders in a live notebook. Where no one can move them (the
+    site, the tests, `make notebooks`) the picture, which the script of the site
+    replaces by its scene `name`."""
     from IPython.display import HTML, display
 
     if not {"IN_TEST", "ROTVQ_STATIC"} & set(os.environ):
@@ -239,7 +240,8 @@ def explorable(name: str, draw: Callable[..., Figure], **start: float):
     return display(
         HTML(
             f'<div class="rotvq-explorable" data-scene="{name}" data-start="{state}">'
-            f'<img alt="Still picture of the figure {name}" src="data:image/png;base64,{source}"></div>\n'
+            f'<img alt="Still picture of the figure {name}" '
+            f'src="data:image/png;base64,{source}"></div>\n'
             '<script src="assets/rotvq.js"></script>'
         )
     )

@@ -183,8 +183,8 @@ def warn_about_lambda(z: Tensor, q: Tensor, estimator: str) -> None:
             f"At training batch 10 the median of λ = ‖q‖/‖z‖ is {lam:.1e}. The "
             f"{estimator} multiplies the gradient of the decoder's loss by λ, but not "
             "that of the commitment loss. Start the codes at encoder outputs "
-            '(init="kmeans" or kmeans_init(z)), use distance="cosine", where λ is 1, or '
-            "scale commitment by λ.",
+            '(init="kmeans" or kmeans_init(z)), use distance="cosine", where λ is 1, '
+            "or scale commitment by λ.",
             stacklevel=6,  # where the layer is called
         )
 

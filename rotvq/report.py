@@ -33,8 +33,8 @@ TABLE_ROWS = {
     "perplexity": ("perplexity", "{:.0f}"),
     "seconds": ("training, s", "{:.0f}"),
 }
-CAVEAT = """One seed, one setting, and early: after 45 epochs straight-through has more than
-half of its codes in use and the lower error, while a classifier recognises more of
+CAVEAT = """One seed, one setting, and early: after 45 epochs straight-through has more
+than half of its codes in use and the lower error, while a classifier recognises more of
 rotation's pictures; --epochs 45 --estimators rotation-then-ste has the lowest error.
 With a k-means start straight-through uses a third to a half of its codes after five
 epochs already. Figures: nbs/13_run.ipynb."""
@@ -106,7 +106,8 @@ def save_pictures(run: Run, images: Pictures) -> list[Path]:
         from rotvq.plots import save_run_curves
     except ImportError:
         print(
-            'rotvq: matplotlib is not installed, so there is no curves.png (pip install "rotvq[plots]")',
+            "rotvq: matplotlib is not installed, so there is no curves.png "
+            '(pip install "rotvq[plots]")',
             file=sys.stderr,
         )
         return [run.out / "reconstructions.png"]
@@ -233,7 +234,8 @@ def write_report(run: Path) -> Path:
         f"<h1>{html.escape(run.resolve().name)}</h1>"
         f"{results_table(rows)}{''.join(parts)}"
         f"<h2>Settings</h2>{_table(['field', 'value'], [[k, v] for k, v in settings])}"
-        f"<h2>Record</h2><pre>{html.escape(json.dumps(record, indent=1))}</pre></html>\n"
+        f"<h2>Record</h2><pre>{html.escape(json.dumps(record, indent=1))}</pre>"
+        "</html>\n"
     )
     with replacing(run / "report.html") as file:
         file.write_text(page, encoding="utf-8")

@@ -13,7 +13,8 @@ from torch import Tensor
 def check_pair(z: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     """`z`, and `q` as a constant, both in the dtype that `z + (q - z)` has.
 
-    Raises unless they are floating-point tensors of one shape `(..., d)` with d ≥ 1, on one device."""
+    Raises unless they are floating-point tensors of one shape `(..., d)` with d ≥ 1, on
+    one device."""
     if z.shape != q.shape or z.ndim == 0 or z.shape[-1] == 0:
         raise ValueError(
             f"z has shape {tuple(z.shape)} and q {tuple(q.shape)}: both must have one "
@@ -65,8 +66,8 @@ def straight_through(
     z: Tensor,  # encoder outputs, `(..., d)`
     q: Tensor,  # their codes, same shape
 ) -> Tensor:  # value `q`, bit for bit
-    """The straight-through estimator (Bengio et al. 2013): value `q`, gradient `g` to `z`,
-    none to `q`.
+    """The straight-through estimator (Bengio et al. 2013): value `q`, gradient `g` to
+    `z`, none to `q`.
 
     The value shares the memory of `q`, as a view does: clone it before changing it in
     place. Raises `ValueError` or `TypeError` when z and q do not fit.

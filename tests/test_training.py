@@ -240,7 +240,7 @@ def test_an_error_while_streaming_names_the_file(tmp_path):
 
 
 def test_the_record_and_the_curves(tmp_path):
-    run = train(TINY, "rotation", SAMPLE, tmp_path / "run", quiet=True, profile=True)
+    run = train(TINY, "rotation", SAMPLE, tmp_path / "run", quiet=True)
     about = json.loads((tmp_path / "run" / "run.json").read_text())
     assert about["run"]["seed"] == 0 and about["run"]["preset"] == dataclasses.asdict(TINY)
     assert {"machine", "versions", "commit", "command", "pictures", "started"} <= set(about) and "root" not in about["run"]
