@@ -345,12 +345,9 @@ class Learner:
     def _take_average(self) -> None:
         """The running average of the weights, and the latest buffers. (The average of
         `torch.optim.swa_utils` copies a number to the GPU in every step, and waits.)"""
-        weight, self.updates = (
-            (1 - self.config.ema) if self.updates else 1,
-            self.updates + 1,
-        )
         for a, b in zip(self.average.parameters(), self.model.parameters()):
-            a.lerp_(b, weight) if weight < 1 else a.copy_(b)
+            a.lerp_(b, 1 - self.config.ema) if self.updates else a.copy_(b)
+        self.updates += 1
         for a, b in zip(self.average.buffers(), self.model.buffers()):
             a.copy_(b)
 
