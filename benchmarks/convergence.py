@@ -3,9 +3,10 @@
     python benchmarks/convergence.py [--data DIR] [--seeds 0 1 2] [--preset cuda]
 
 45 epochs each, at a constant learning rate of 3e-4 and with one epoch of warm-up and a cosine from 1e-3, under bfloat16 autocast
-(twice as fast as float32 on a CPU with matrix units, and slower on others). Each run is resumed where it was stopped. What is
-finished goes into nbs/results/imagenet10_convergence.json, one entry for each model with its curves. About forty minutes of one core
-for a setting and seed.
+(twice as fast as float32 on a CPU with matrix units, and slower on others). Each run is resumed where it was stopped, and two
+processes can share the work (--settings constant in one, cosine in the other, each with OMP_NUM_THREADS=1). What is finished goes
+into nbs/results/imagenet10_convergence.json, one entry for each model with its curves. About forty minutes of one core for a
+setting and seed.
 """
 import argparse
 import dataclasses
@@ -67,28 +68,33 @@ def finished(folder: Path, epochs: int) -> bool:
     return len(lines) == epochs * len(ESTIMATORS)
 
 
+def collected(results: Path) -> dict[tuple, dict]:
+    models = json.loads(results.read_text(encoding="utf-8"))["models"] if results.exists() else []
+    return {(m["setting"], m["seed"], m["estimator"]): m for m in models}
+
+
 def main():
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--data", help="see `rotvq train --help`")
     options.add_argument("--runs", type=Path, default=ROOT / "runs" / "convergence")
     options.add_argument("--preset", choices=("cpu", "cuda"), default="cpu", help="cuda: one setting, that preset as it is")
     options.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    options.add_argument("--settings", nargs="*", choices=sorted(SETTINGS), default=sorted(SETTINGS), help="of the preset cpu")
     options.add_argument("--collect", action="store_true", help="only gather what is finished")
     args = options.parse_args()
     results = ROOT / "nbs" / "results" / f"imagenet10_{'convergence' if args.preset == 'cpu' else args.preset}.json"
-    held = json.loads(results.read_text(encoding="utf-8"))["models"] if results.exists() else []
     source = imagenet10(args.data)
     if source == SAMPLE: raise SystemExit("This experiment needs ImageNet-10: name its folder with --data.")
-    held = {(m["setting"], m["seed"], m["estimator"]): m for m in held}
     for seed in args.seeds:
         for setting, config in PRESET_SETTINGS[args.preset].items():
             folder = args.runs / f"{setting}-seed{seed}"
-            if (setting, seed, ESTIMATORS[-1]) in held: continue
+            if setting in SETTINGS and setting not in args.settings or (setting, seed, ESTIMATORS[-1]) in collected(results): continue
             if not finished(folder, config.epochs):
                 if args.collect: continue
                 train(config, ESTIMATORS, Source(source.root, "imagenet10"), folder, seed, resume="auto")
             pictures = ImageNet10("val", config.size, source, config.limit)
-            held |= {(m["setting"], m["seed"], m["estimator"]): m for m in entries(setting, seed, folder, pictures)}
+            new = {(m["setting"], m["seed"], m["estimator"]): m for m in entries(setting, seed, folder, pictures)}
+            held = collected(results) | new               # read anew: another process may have added to it
             if (setting, seed) == ("cosine", 0): draw(folder)
             settings = {name: dataclasses.asdict(c) for name, c in PRESET_SETTINGS[args.preset].items()}
             models = [held[key] for key in sorted(held)]
