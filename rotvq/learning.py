@@ -326,6 +326,12 @@ class StartedCodebook(LearningCodebook):
                 stacklevel=2,
             )
         codes = kmeans(vectors, self.codebook_size, steps, generator, self.distance)
+        if not codes.to(self.codebook.dtype).isfinite().all():
+            raise ValueError(
+                f"k-means found codes up to {codes.abs().max():.1e}, more than "
+                f"{self.codebook.dtype} of the codebook holds. Keep the layer in "
+                "float32 or scale its input."
+            )
         if self.sync and world_size() > 1:
             dist.broadcast(codes, 0)
         state = dict(codebook=codes, sums=codes, counts=1, idle=NEVER_CHOSEN, waited=0)

@@ -395,6 +395,13 @@ def test_a_layer_in_another_dtype(options, dtype):
     if options == "plain": assert torch.equal(vq.eval()(z).q, vq.codebook[vq.encode(z)])
 
 
+def test_a_kmeans_start_that_half_precision_cannot_hold_changes_nothing():
+    vq = VectorQuantizer(4, 8).half()
+    before = {name: state.clone() for name, state in vq.state_dict().items()}
+    with pytest.raises(ValueError, match="float16 of the codebook"): vq.kmeans_init(1e6 * torch.randn(100, 4))
+    assert all(torch.equal(state, before[name]) for name, state in vq.state_dict().items())
+
+
 def test_running_sums_of_a_half_precision_layer_neither_stall_nor_overflow():
     for dtype in (torch.float16, torch.bfloat16):
         vq, full = layer(decay=0.99).to(dtype), layer(decay=0.99)
