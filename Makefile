@@ -81,7 +81,7 @@ gpu-check: $(VENV)/dev-ready
 # The notebook reads the results that the script writes; both go on where they were stopped.
 full: $(VENV)/dev-ready
 	@$(BIN)/python benchmarks/convergence.py --preset cuda
-	@cd nbs && ROTVQ_DATA=sample ROTVQ_PRESET=smoke ROTVQ_STATIC=1 ../$(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False 13_run.ipynb
+	@cd nbs && ROTVQ_DATA=sample ROTVQ_PRESET=smoke ROTVQ_STATIC=1 ../$(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False 17_run.ipynb
 	@$(BIN)/nbdev_clean
 
 # In a container one is often root, where JupyterLab does not start unless told to.

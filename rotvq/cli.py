@@ -189,7 +189,7 @@ def tell(run, source, config: Config) -> None:
         print(CAVEAT)
     else:
         print(
-            "The published figures (nbs/13_run.ipynb) are of the preset cpu; at other "
+            "The published figures (nbs/17_run.ipynb) are of the preset cpu; at other "
             "settings expect others."
         )
     images = ImageNet10("val", config.size, source, config.limit).images

@@ -205,7 +205,7 @@ def ema_update(
     codebook: Tensor,  # codes `(K, d)`, changed in place
     counts: Tensor,  # running counts `(K,)`, changed in place
     sums: Tensor,  # running sums `(K, d)`, changed in place
-    batch: Tensor,  # `code_sums` of this batch, `(K, d + 1)`
+    batch: Tensor,  # of code_sums for this batch, `(K, d + 1)`
     decay: float = 0.8,  # α in [0, 1)
     eps: float = 1e-5,  # Laplace smoothing
     distance: str = "euclidean",  # "cosine": codes of length 1

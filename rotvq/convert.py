@@ -26,7 +26,7 @@ def convert_state_dict(
     state: Mapping[str, Tensor],  # of a `VectorQuantize`, or of a model that holds one
     prefix: str = "",  # of the layer's names in it, such as "vq."
     learnable: bool = False,  # for a layer with `learnable=True`
-) -> dict[str, Tensor]:  # for `load_state_dict` of a `VectorQuantizer`, or of the model
+) -> dict[str, Tensor]:  # for load_state_dict of a VectorQuantizer, or of the model
     """The state of a `VectorQuantize` with the names and shapes of `VectorQuantizer`;
     all other entries as they are.
 

@@ -361,7 +361,7 @@ class ImageNet10(torch.utils.data.Dataset):
         self,
         split: str = "train",  # "train" or "val"
         size: int = 64,  # side in pixels
-        source: Source | None = None,  # from `imagenet10()`
+        source: Source | None = None,  # what imagenet10() gives
         # use this many pictures, evenly spaced over the classes
         limit: int | None = None,
         # decode at every use; `None`: where all pictures would take more than `LARGE`

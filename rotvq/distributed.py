@@ -64,7 +64,7 @@ def best_device() -> torch.device:
 # %% ../nbs/82_processes.ipynb #ae2e6645
 @contextmanager
 def launched(
-    device: torch.device | str | None = None,  # `None`: `best_device()`
+    device: torch.device | str | None = None,  # None: that of best_device()
 ) -> Iterator[torch.device]:
     "Join the processes that `torchrun` has started, until the block ends."
     device = best_device() if device is None else torch.device(device)

@@ -103,7 +103,7 @@ class VQVAE(nn.Module):
         codebook_size: int = 1024,  # K
         downsamples: int = 2,  # each halves height and width
         blocks: int = 2,  # residual blocks on each side
-        **quantizer,  # estimator, decay, commitment, init: see `VectorQuantizer`
+        **quantizer,  # estimator, decay, commitment, init: see VectorQuantizer
     ):
         super().__init__()
         self.config = dict(

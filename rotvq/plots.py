@@ -373,7 +373,7 @@ def run_curves(
         axes[0].set_yticks(ticks, ticks)
         axes[0].minorticks_off()
     axes[2].yaxis.set_major_formatter(
-        plt.matplotlib.ticker.PercentFormatter(1, decimals=0)
+        plt.matplotlib.ticker.PercentFormatter(1)
     )
     fig.legend(
         *axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .data import Pictures, fetch
@@ -37,7 +37,7 @@ CAVEAT = """One seed, one setting, and early: after 45 epochs straight-through h
 than half of its codes in use and the lower error, while a classifier recognises more of
 rotation's pictures; --epochs 45 --estimators rotation-then-ste has the lowest error.
 With a k-means start straight-through uses a third to a half of its codes after five
-epochs already. Figures: nbs/13_run.ipynb."""
+epochs already. Figures: nbs/17_run.ipynb."""
 
 
 def comparison_table(rows: list[dict]) -> str:
@@ -63,7 +63,8 @@ def save_rows(rows: dict[str, Tensor], file: Path) -> None:
     before each row."""
     n, _, height, width = next(iter(rows.values())).shape
     zoom, gap = max(1, 128 // height), 2
-    label = max(len(name) for name in rows) * 7 + 10
+    font = ImageFont.load_default(size=20)
+    label = int(max(font.getlength(name) for name in rows)) + 15
     sheet = Image.new(
         "RGB",
         (label + n * (width * zoom + gap), len(rows) * (height * zoom + gap)),
@@ -72,7 +73,8 @@ def save_rows(rows: dict[str, Tensor], file: Path) -> None:
     draw = ImageDraw.Draw(sheet)
     for j, (name, pictures) in enumerate(rows.items()):
         top = j * (height * zoom + gap)
-        draw.text((5, top + height * zoom // 2 - 5), name, fill="black")
+        middle = 5, top + height * zoom // 2
+        draw.text(middle, name, fill="black", font=font, anchor="lm")
         array = (
             ((pictures.clamp(-1, 1) + 1) * 127.5)
             .round()

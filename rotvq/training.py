@@ -35,7 +35,7 @@ from .distributed import all_reduce_sum, first_before_others, from_first
 from .distributed import launched, rank_of, world_size
 from .metrics import psnr, quantization_error
 from .model import VQVAE, replacing
-from .quantizer import ESTIMATORS
+from .quantizer import ESTIMATORS, Estimator
 from .runs import Requests, Stopped, alone_in, check_folder, load_state
 from .runs import record, states_of, write_atomically, write_state
 
@@ -255,8 +255,10 @@ class Stopwatch:
         return self.total
 
 # %% ../nbs/12_training.ipynb #74ee792c
-def then(estimator: str) -> list[str]:
-    'The estimators of a name such as "rotation-then-ste", one or two.'
+def then(estimator: str | Estimator) -> list[str | Estimator]:
+    'The estimators of a name such as "rotation-then-ste", one or two; or a function.'
+    if callable(estimator):
+        return [estimator]
     names = estimator.split("-then-")
     unknown = [name for name in names if name not in ESTIMATORS]
     if unknown or len(names) > 2:
@@ -277,7 +279,14 @@ SYNC_BUFFERS = next(
 class Learner:
     "A model, its optimizer and one training step."
 
-    def __init__(self, config: Config, estimator: str, seed: int, device: torch.device):
+    def __init__(
+        self,
+        config: Config,
+        estimator: str | Estimator,
+        seed: int,
+        device: torch.device,
+        change: Callable[[VQVAE], None] | None = None,  # made before the first step
+    ):
         self.config, self.seed, self.device = config, seed, device
         self.estimators, self.watch = then(estimator), Stopwatch(device)
         torch.manual_seed(seed)  # the same initial weights for every estimator
@@ -286,6 +295,8 @@ class Learner:
         options = {name: getattr(config, name) for name in names}
         options["init"] = "uniform" if config.init == "kmeans" else config.init
         model = VQVAE(*shape, config.blocks, estimator=self.estimators[0], **options)
+        if change is not None:
+            change(model)
         self.model = model.to(device, memory_format=torch.channels_last)
         self.opt = torch.optim.AdamW(
             model.parameters(), config.lr, (0.9, 0.99), weight_decay=config.weight_decay
@@ -547,7 +558,7 @@ class Log:
 
 # %% ../nbs/12_training.ipynb #94339ff7
 class Diverged(FloatingPointError):
-    "The error is no finite number; `place` is the epoch and its step, from 0."
+    "The error is no finite number; place: the epoch and its step, from 0."
 
     def __init__(self, name: str, where: str, place: tuple[int, int] | None = None):
         super().__init__(
@@ -858,11 +869,11 @@ def go_on(
 def train(
     preset: str | Config = "auto",
     estimators: str | tuple[str, ...] = "rotation",  # one or several, side by side
-    data: str | Path | Source | None = None,  # see `imagenet10`
+    data: str | Path | Source | None = None,  # see imagenet10
     out: str | Path = "runs/run",  # folder of the run
     seed: int = 0,
     resume: bool | str = False,  # go on with the run in `out`; "auto": if there is one
-    device: torch.device | str | None = None,  # `None` is `best_device()`
+    device: torch.device | str | None = None,  # None: that of best_device()
     quiet: bool = False,  # no bars and no lines
     save_minutes: float = 10,  # between states inside an epoch
     keep: int = 3,  # states that stay on disk

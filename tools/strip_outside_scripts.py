@@ -1,4 +1,4 @@
-"""After `quarto render`: drop the require.js and jQuery tags that Quarto adds from an outside host to pages with HTML outputs.
+"""After `quarto render`: drop the require.js and jQuery tags, and the line that needs them, that Quarto adds from an outside host to pages with HTML outputs.
 
 Inline scripts of such outputs run without them, and a page then asks no outside host for anything.
 Quarto starts this script with the rendered files in QUARTO_PROJECT_OUTPUT_FILES, one a line.
@@ -7,11 +7,15 @@ import os
 import re
 from pathlib import Path
 
-OUTSIDE = re.compile(r'<script[^>]*src="https?://[^"]*(?:require|jquery)[^"]*"[^>]*>\s*</script>\s*', re.IGNORECASE)
+OUTSIDE = re.compile(
+    r'<script[^>]*src="https?://[^"]*(?:require|jquery)[^"]*"[^>]*>\s*</script>\s*'
+    r"|<script[^>]*>\s*define\('jquery'[^<]*</script>\s*",      # for require.js, which is gone
+    re.IGNORECASE,
+)
 
 
 def strip(html: str) -> str:
-    "`html` without script tags that load require.js or jQuery from another host."
+    "`html` without script tags that load require.js or jQuery from another host, or need them."
     return OUTSIDE.sub("", html)
 
 
