@@ -6,9 +6,7 @@
 __all__ = ['TOY', 'crops', 'Moment', 'watching', 'Trial', 'trial', 'gradient_at_z', 'Alignment', 'alignment', 'cost', 'turn_only',
            'length_only', 'away_from_line', 'random_direction']
 
-# %% ../nbs/13_bench.ipynb #b08594bb
-import dataclasses
-import time
+# %% ../nbs/13_bench.ipynb #1e7650ab
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -16,16 +14,17 @@ from typing import NamedTuple
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from .codebook import nearest_code
 from .data import SAMPLE, decode_picture, list_pictures
+from .distributed import best_device
 from .householder import unit
 from .model import VQVAE
 from .quantizer import Estimator, function_of
 from .rotation import rotation_trick
 from .ste import linear_estimator
-from .training import Config, Learner, batches, evaluate, rate, to_float
+from .training import Config, Learner, Stopwatch, batches, evaluate, rate
 
 # %% ../nbs/13_bench.ipynb #914f5aa5
 @cache
@@ -51,35 +50,44 @@ TOY = Config(
     epochs=20,
 )
 
-# %% ../nbs/13_bench.ipynb #c378dca7
+# %% ../nbs/13_bench.ipynb #fd25e8ab
 class Moment(NamedTuple):
     "What an estimator sees in one training step."
 
     z: Tensor  # encoder outputs, `(N, d)` float32
     q: Tensor  # their codes
     g: Tensor  # gradient of the reconstruction error at q
+    indices: Tensor | None = None  # `(N,)`, of the codes
+    codes: Tensor | None = None  # the whole codebook, `(K, d)`, before it learns
+    idle: Tensor | None = None  # `(K,)` batches since each was chosen
 
 
 @contextmanager
 def watching(model: VQVAE, watch: Callable[[Moment], None] | None) -> Iterator[None]:
     "Pass the `Moment` of the training step inside to `watch`."
-    seen = {}
+    seen, vq = {}, model.quantizer
 
-    def hook(_, inputs, output):
-        seen.update(z=inputs[0].detach(), q=output.q.detach())
+    def before(_, inputs):
+        z = rearrange(inputs[0].detach().float(), "b d h w -> (b h w) d")
+        seen.update(z=z, codes=vq.codebook.detach().clone(), idle=vq.idle.clone())
+
+    def after(_, inputs, output):
+        seen.update(q=output.q.detach(), indices=output.indices.flatten())
         output.q.register_hook(lambda g: seen.update(g=g))
 
-    handle = model.quantizer.register_forward_hook(hook) if watch else None
+    hooks = ()
+    if watch:
+        hooks = vq.register_forward_pre_hook(before), vq.register_forward_hook(after)
     try:
         yield
     finally:
-        if handle:
-            handle.remove()
+        for hook in hooks:
+            hook.remove()
     if watch:
-        rows = (rearrange(seen[name].float(), "b d h w -> (b h w) d") for name in "zqg")
-        watch(Moment(*rows))
+        rows = {n: rearrange(seen[n].float(), "b d h w -> (b h w) d") for n in "qg"}
+        watch(Moment(**seen | rows))
 
-# %% ../nbs/13_bench.ipynb #d30a261c
+# %% ../nbs/13_bench.ipynb #a6890933
 class Trial(NamedTuple):
     "What a trial has measured."
 
@@ -95,14 +103,16 @@ def trial(
     pictures: tuple[Tensor, Tensor] | None = None,  # to train and to measure on; crops
     change: Callable[[VQVAE], None] | None = None,  # made before the first step
     watch: Callable[[Moment], None] | None = None,  # called after every step
+    device: torch.device | str | None = None,  # None: that of best_device()
 ) -> Trial:
     "Train a model from the start and measure it after every epoch."
     train, val = pictures or (crops("train"), crops("val"))
-    learner = Learner(config, estimator, seed, torch.device("cpu"), change)
+    device = best_device() if device is None else torch.device(device)
+    learner = Learner(config, estimator, seed, device, change)
     per_epoch, rows, step = len(train) // config.batch, [], 0
     for epoch in range(config.epochs):
         learner.begin(epoch)
-        for x in batches(train, config, seed, epoch):
+        for x in batches(train, config, seed, epoch, device):
             if step == 0 and config.init == "kmeans":
                 learner.place_codes(x)
             with watching(learner.model, watch), learner.watch:
@@ -118,7 +128,7 @@ def gradient_at_z(estimator: str | Estimator, moment: Moment) -> Tensor:
     q = function_of(estimator)(z, moment.q)
     return torch.autograd.grad(q, z, moment.g)[0]
 
-# %% ../nbs/13_bench.ipynb #7aac9bef
+# %% ../nbs/13_bench.ipynb #31e32d0b
 class Alignment(NamedTuple):
     "How the gradient of an estimator lies, in a batch."
 
@@ -135,9 +145,10 @@ def alignment(
 ) -> Alignment:
     "Put the three questions of this chapter to an estimator."
     model.eval()
+    x = x.to(next(model.parameters()).device)
     with torch.no_grad():
         z = model.encoder(x)
-    codes, (b, d, h, w) = model.quantizer._codes().detach(), z.shape
+    vq, (b, _, h, w) = model.quantizer, z.shape
 
     def rows(maps):
         return rearrange(maps, "b d h w -> (b h w) d")
@@ -145,22 +156,26 @@ def alignment(
     def maps(v):
         return rearrange(v, "(b h w) d -> b d h w", b=b, h=h, w=w)
 
+    @torch.no_grad()
+    def quantized(v):
+        return rows(vq.decode(vq.encode(maps(v))))
+
     def decoded(v):  # error and gradient
         v = v.detach().requires_grad_()
         mse = (model.decoder(maps(v)) - x).square().mean()
         return mse.detach(), torch.autograd.grad(mse, v)[0]
 
     z = rows(z)
-    q = codes[nearest_code(z, codes)]
+    q = quantized(z)
     before, g = decoded(q)
     mine = gradient_at_z(estimator, Moment(z, q, g))
     size = step * (z - q).square().mean().sqrt() / mine.square().mean().sqrt()
     moved = z - size * mine
-    after, _ = decoded(codes[nearest_code(moved, codes)])
+    after, _ = decoded(quantized(moved))
     cosines = ((unit(mine) * unit(v)).sum(1).mean() for v in (g, decoded(z)[1]))
     return Alignment(*(c.item() for c in cosines), (after / before - 1).item())
 
-# %% ../nbs/13_bench.ipynb #cbd9b1ec
+# %% ../nbs/13_bench.ipynb #5795a310
 def cost(
     estimator: str | Estimator,
     n: int = 4096,  # vectors
@@ -169,8 +184,9 @@ def cost(
     rounds: int = 9,
 ) -> float:  # median time of forward and backward; the lookup of the vectors = 1
     "The estimator's time beside that of finding the nearest codes."
-    z, q, g = torch.randn(3, n, d)
-    codes = torch.randn(codebook_size, d)
+    device = best_device()
+    z, q, g = torch.randn(3, n, d, device=device)
+    codes = torch.randn(codebook_size, d, device=device)
     works = (
         lambda: gradient_at_z(estimator, Moment(z, q, g)),
         lambda: nearest_code(z, codes),
@@ -178,9 +194,10 @@ def cost(
     times = torch.empty(rounds, 2)
     for round_ in times:
         for which, work in enumerate(works):
-            start = time.perf_counter()
-            work()
-            round_[which] = time.perf_counter() - start
+            watch = Stopwatch(device)
+            with watch:
+                work()
+            round_[which] = watch.read()
     mine, lookup = times.median(0).values.tolist()
     return mine / lookup
 
