@@ -2,9 +2,9 @@
 
     python benchmarks/why.py [--data DIR] [--seeds 0 1 2] [--only NAME ...] [--part 0/2]
 
-A run takes about half a minute of one core (10 epochs of ImageNet-10 at 32 × 32, bfloat16 autocast). Each appends one line to
-nbs/results/why.jsonl; what is there is not run again, so the script can be stopped at any moment. Two processes share the work with
---part 0/2 and --part 1/2, each with OMP_NUM_THREADS=1.
+A run takes about half a minute of one core (10 epochs of ImageNet-10 at 32 × 32, bfloat16 autocast); four experiments are three times
+as long, and not watched. Each appends one line to nbs/results/why.jsonl; what is there is not run again, so the script can be stopped
+at any moment. Two processes share the work with --part 0/2 and --part 1/2, each with OMP_NUM_THREADS=1.
 """
 import argparse
 import dataclasses
@@ -18,16 +18,32 @@ from torch import Tensor
 from rotvq.bench import Moment, gradient_at_z, length_only, trial, turn_only
 from rotvq.data import SAMPLE, ImageNet10, imagenet10
 from rotvq.householder import unit
+from rotvq.model import VQVAE
 from rotvq.runs import hardware
 from rotvq.training import PRESETS, Config
-from rotvq.why import Norm, Pull, after_encoder, birth_angles, forces, hold, shifted
+from rotvq.why import Change, Norm, Pull, after_encoder, birth_angles, forces, hold, shifted
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "nbs" / "results" / "why.jsonl"
 STUDY = dataclasses.replace(PRESETS["study"], precision="bfloat16")
+LONG = dataclasses.replace(STUDY, epochs=30)
+STEPS = 147  # in an epoch
 
 
 def with_(**settings) -> Config: return dataclasses.replace(STUDY, **settings)
+
+
+def commitment_from(step: int, beta: float) -> Change:
+    "The change that gives the commitment loss another weight from a step on."
+    def change(model: VQVAE) -> None:
+        vq, seen = model.quantizer, 0
+
+        def before(*_) -> None:
+            nonlocal seen
+            seen += vq.training
+            if seen > step: vq.commitment = beta
+        vq.register_forward_pre_hook(before)
+    return change
 
 
 PAIR = {"straight-through": "ste", "rotation": "rotation"}
@@ -37,6 +53,7 @@ EXPERIMENTS |= {
     "length only": (length_only, STUDY, None),
     "reflection": ("reflection", STUDY, None),
     "reflection, lr / 3": ("reflection", with_(lr=1e-4), None),
+    "reflection, k-means start": ("reflection", with_(init="kmeans"), None),
     "straight-through, pull 0.1": ("ste", STUDY, after_encoder(Pull(0.1))),
     "straight-through, pull 0.3": ("ste", STUDY, after_encoder(Pull(0.3))),
     "straight-through, pull 1": ("ste", STUDY, after_encoder(Pull(1.0))),
@@ -54,6 +71,12 @@ for title, config, change in (
     ("lr · 3", with_(lr=9e-4), None),
 ):
     EXPERIMENTS |= {f"{name}, {title}": (estimator, config, change) for name, estimator in PAIR.items()}
+EXPERIMENTS |= {
+    "straight-through, 30 epochs": ("ste", LONG, None),
+    "rotation, 30 epochs": ("rotation", LONG, None),
+    "rotation, then straight-through, 30 epochs": ("rotation-then-ste", LONG, None),
+    "rotation, 30 epochs, β = 4 after five": ("rotation", LONG, commitment_from(5 * STEPS, 4.0)),
+}
 
 
 class Witness:
@@ -82,13 +105,20 @@ class Witness:
         self.steps, self.angles = [], []
 
 
+def settings(name: str) -> dict:
+    "What an experiment's config has other than the preset."
+    preset, config = (dataclasses.asdict(c) for c in (PRESETS["study"], EXPERIMENTS[name][1]))
+    return {key: value for key, value in config.items() if value != preset[key]}
+
+
 def run(name: str, seed: int, pictures: tuple[Tensor, Tensor]) -> dict:
     estimator, config, change = EXPERIMENTS[name]
-    witness = Witness(estimator, config, len(pictures[0]) // config.batch)
+    witness = Witness(estimator, config, len(pictures[0]) // config.batch) if config.epochs == STUDY.epochs else None
     done = trial(estimator, config, seed, pictures, change, witness)
     keys = "mse", "usage", "perplexity", "relative_error"
     curves = {key: [float(f"{row[key]:.4g}") for row in done.rows] for key in keys}
-    return {"name": name, "seed": seed, "seconds": round(done.seconds, 1)} | curves | {"epochs": witness.epochs}
+    start = {"name": name, "seed": seed, "settings": settings(name)}
+    return start | {"seconds": round(done.seconds, 1)} | curves | ({"epochs": witness.epochs} if witness else {})
 
 
 def main():
@@ -105,7 +135,8 @@ def main():
     todo = [(name, seed) for seed in args.seeds for name in args.only][part::parts]
     for name, seed in todo:
         lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
-        if any((row["name"], row["seed"]) == (name, seed) for row in map(json.loads, lines)): continue
+        same = {"name": name, "seed": seed, "settings": settings(name)}
+        if any(same.items() <= row.items() for row in map(json.loads, lines)): continue
         start = time.time()
         row = run(name, seed, pictures) | {"machine": hardware(torch.device("cpu"))["name"]}
         with open(RESULTS, "a", encoding="utf-8") as file: file.write(json.dumps(row, ensure_ascii=False) + "\n")

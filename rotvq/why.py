@@ -22,10 +22,10 @@ from .quantizer import Estimator
 class Forces(NamedTuple):
     "What acts on the size of z in a step: changes of ½‖z‖², outward positive."
 
-    outward: Tensor  # −⟨z, v⟩ of the estimator's gradient v at z, summed over all
-    kept: Tensor  # −⟨q, g⟩
-    inward: Tensor  # of the commitment loss, −β ∂/∂z · z
-    size: Tensor  # mean ‖z‖²
+    outward: Tensor  # −Σ ⟨z, v⟩, v the estimator's gradient at z
+    kept: Tensor  # −Σ ⟨q, g⟩
+    inward: Tensor  # −2β Σ ⟨z, z − q⟩ / (N d), of the commitment loss
+    size: Tensor  # mean of ‖z‖²
 
 
 def forces(estimator: str | Estimator, moment: Moment, commitment: float) -> Forces:

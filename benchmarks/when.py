@@ -1,0 +1,113 @@
+"""Straight-through against rotation, set-up by set-up, each at its best learning rate, for thirty epochs.
+
+    python benchmarks/when.py [--data DIR] [--part 0/2]
+
+Preset study (ImageNet-10 at 32 × 32) with bfloat16 autocast and a cosine schedule: about 80 seconds a run on one core. A pair of set-up
+and estimator is tried at three rates on seed 0; the rate with the lowest final error is taken, and seeds 1 and 2 (1 to 4 for the main
+set-ups) are run at it. Each run appends one line to nbs/results/when.jsonl; what is there is not run again, so the script can be
+stopped at any moment. Two processes share the work with --part 0/2 and --part 1/2, each with OMP_NUM_THREADS=1.
+"""
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rotvq.bench import trial
+from rotvq.data import SAMPLE, ImageNet10, imagenet10
+from rotvq.runs import hardware
+from rotvq.training import PRESETS, Config
+from rotvq.when import FSQ, SimVQ, learnable, quantized_by
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "nbs" / "results" / "when.jsonl"
+STUDY = dataclasses.replace(PRESETS["study"], epochs=30, schedule="cosine", precision="bfloat16")
+RATES, TUNING, SEEDS, MORE = (3e-4, 9e-4, 1e-4), 0, (1, 2), (3, 4)
+BOTH = "ste", "rotation"
+
+
+class SetUp(NamedTuple):
+    "What is changed, and the estimators that are compared in it."
+
+    settings: dict
+    change: Callable | None = None
+    estimators: tuple[str, ...] = BOTH
+
+
+SIM = quantized_by(lambda vq: SimVQ(vq.dim, vq.codebook_size, vq.estimator, vq.commitment))
+KMEANS, REVIVAL = {"init": "kmeans"}, {"revive_after": 50}
+SETUPS = {
+    "plain": SetUp({}, estimators=(*BOTH, "rotation-then-ste")),
+    "k-means start": SetUp(KMEANS),
+    "revival": SetUp(REVIVAL),
+    "k-means start and revival": SetUp(KMEANS | REVIVAL),
+    "cosine": SetUp({"distance": "cosine"}),
+    "β = 1/4, decay 0.99": SetUp({"commitment": 0.25, "decay": 0.99}),
+    "learnable codebook": SetUp({}, learnable),
+    "learnable codebook, β = 1/4": SetUp({"commitment": 0.25}, learnable),
+    "learnable codebook, k-means start": SetUp(KMEANS, learnable),
+    "SimVQ": SetUp({}, SIM),
+    "FSQ": SetUp({}, quantized_by(lambda vq: FSQ(vq.dim)), ("ste",)),
+    "k-means start and revival, width 8": SetUp(KMEANS | REVIVAL | {"width": 8}, estimators=("ste",)),
+    "FSQ, width 8": SetUp({"width": 8}, quantized_by(lambda vq: FSQ(vq.dim)), ("ste",)),
+    "SimVQ, β = 1/4": SetUp({"commitment": 0.25}, SIM),
+}
+MAIN = "plain", "k-means start", "revival"
+
+
+def config_of(name: str, lr: float) -> Config: return dataclasses.replace(STUDY, lr=lr, **SETUPS[name].settings)
+
+
+def key_of(name: str, estimator: str, lr: float, seed: int) -> dict:
+    "What a run is known by: its config where it differs from the preset, too."
+    preset, config = (dataclasses.asdict(c) for c in (PRESETS["study"], config_of(name, lr)))
+    settings = {key: value for key, value in config.items() if value != preset[key]}
+    return {"setup": name, "estimator": estimator, "lr": lr, "seed": seed, "settings": settings}
+
+
+def read() -> list[dict]:
+    return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()] if RESULTS.exists() else []
+
+
+def best_rate(rows: list[dict], name: str, estimator: str) -> float:
+    "That of the lowest final error on the tuning seed."
+    runs = [row for row in rows if (row["setup"], row["estimator"], row["seed"]) == (name, estimator, TUNING)]
+    return min(runs, key=lambda row: row["mse"][-1])["lr"]
+
+
+def run(key: dict, pictures: tuple[Tensor, Tensor]) -> dict:
+    name, estimator, lr, seed, _ = key.values()
+    done = trial(estimator, config_of(name, lr), seed, pictures, SETUPS[name].change)
+    names = "mse", "usage", "perplexity", "relative_error"
+    curves = {key: [float(f"{row[key]:.4g}") for row in done.rows] for key in names}
+    return key | {"seconds": round(done.seconds, 1)} | curves | {"machine": hardware(torch.device("cpu"))["name"]}
+
+
+def main():
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--data", help="see `rotvq train --help`")
+    options.add_argument("--part", default="0/1", help="this process takes every n-th pair of set-up and estimator: k/n")
+    args = options.parse_args()
+    source = imagenet10(args.data)
+    if source == SAMPLE: raise SystemExit("This experiment needs ImageNet-10: name its folder with --data.")
+    pictures = tuple(ImageNet10(split, STUDY.size, source).images for split in ("train", "val"))
+    part, parts = map(int, args.part.split("/"))
+    mine = [(name, estimator) for name, setup in SETUPS.items() for estimator in setup.estimators][part::parts]
+    todo = [(pair, TUNING, lr) for lr in RATES for pair in mine]
+    todo += [(pair, seed, None) for seed in (*SEEDS, *MORE) for pair in mine if seed in SEEDS or pair[0] in MAIN]
+    for (name, estimator), seed, lr in todo:
+        rows = read()
+        key = key_of(name, estimator, lr or best_rate(rows, name, estimator), seed)
+        if any(key.items() <= row.items() for row in rows): continue
+        row = run(key, pictures)
+        with open(RESULTS, "a", encoding="utf-8") as file: file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        print(f"{name:34} {estimator:18} lr {row['lr']:.0e}  seed {seed}  MSE {row['mse'][-1]:.4f}  codes used {row['usage'][-1]:.1%}  "
+              f"{row['seconds']:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

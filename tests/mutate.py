@@ -1,0 +1,105 @@
+"""Runs the checks of the chapters on code that has been changed.
+
+    python tests/mutate.py JOBS.json
+
+Each job names a check, and perhaps a text and what to put in its place, in the package and in the chapter of the check. Of the chapter
+only those cells run that define what the check needs. Prints one JSON line a job: the check's outcome. Every job has a process of its
+own, forked from one that has imported torch, so that none sees another's change.
+"""
+import ast
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+from multiprocessing import get_context
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def chapter_of(check: str) -> tuple[str, list[str]]:
+    "Name and code cells of the notebook with the check, up to it."
+    for file in sorted((ROOT / "nbs").glob("*.ipynb")):
+        cells = ["".join(c["source"]) for c in json.loads(file.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+        for k, source in enumerate(cells):
+            if re.search(rf"^#\| label: {check}$", source, re.MULTILINE): return file.name, cells[:k + 1]
+    raise LookupError(check)
+
+
+def names_of(tree: ast.AST) -> tuple[set[str], set[str]]:
+    "Names that a cell gives a value or changes, and names that it uses."
+    gives, uses = set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name): (uses if isinstance(node.ctx, ast.Load) else gives).add(node.id)
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef): gives.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom): gives |= {(a.asname or a.name).split(".")[0] for a in node.names}
+    # x.backward(), x.train(), kept.append(...): a call may change what it is called on
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+            function = node.value.func
+            while isinstance(function, ast.Attribute): function = function.value
+            if isinstance(function, ast.Name): gives.add(function.id)
+        if isinstance(node, ast.Subscript | ast.Attribute) and isinstance(node.ctx, ast.Store):
+            target = node
+            while isinstance(target, ast.Subscript | ast.Attribute): target = target.value
+            if isinstance(target, ast.Name): gives.add(target.id)
+    return gives, uses
+
+
+def needed(cells: list[str]) -> list[ast.Module]:
+    "The last cell, and those before it that it rests on, without their own assertions."
+    trees = [ast.parse(re.sub(r"^[%!].*$", "", cell, flags=re.MULTILINE)) for cell in cells]
+    names, kept = [names_of(tree) for tree in trees], {len(trees) - 1}
+    while True:
+        wanted = set().union(*(names[k][1] for k in kept))
+        more = {k for k in range(len(trees)) if names[k][0] & wanted} - kept
+        if not more: break
+        kept |= more
+    for tree in trees[:-1]:
+        tree.body = [s for s in tree.body if not isinstance(s, ast.Assert)
+                     and not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Call) and getattr(s.value.func, "id", "") == "assert_close")]
+    return [trees[k] for k in sorted(kept)]
+
+
+def run(job: dict) -> dict:
+    "Outcome of a check: passes, caught, or what else went wrong."
+    check, old, new = job["check"], job.get("old"), job.get("new")
+    name, cells = chapter_of(check)
+    with tempfile.TemporaryDirectory() as folder:
+        package = shutil.copytree(ROOT / "rotvq", Path(folder) / "rotvq", ignore=shutil.ignore_patterns("__pycache__"))
+        found = 0
+        if old:
+            for file in package.glob("*.py"):
+                text = file.read_text(encoding="utf-8")
+                if old in text: file.write_text(text.replace(old, new), encoding="utf-8")
+                found += text.count(old)
+            found += sum(cell.count(old) for cell in cells)
+            cells = [cell.replace(old, new) for cell in cells]
+            if not found: return job | {"outcome": "the text to change is nowhere"}
+        sys.path.insert(0, folder)
+        os.chdir(ROOT / "nbs")
+        import torch
+        torch.set_num_threads(1)
+        names: dict = {"__name__": "__main__"}
+        try:
+            for tree in needed(cells): exec(compile(tree, name, "exec"), names)
+        except AssertionError: outcome = "caught"
+        except Exception as error: outcome = f"{type(error).__name__}: {error}"
+        else: outcome = "passes"
+    return job | {"outcome": outcome}
+
+
+def main():
+    jobs = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    os.environ |= {"MPLBACKEND": "Agg", "ROTVQ_STATIC": "1"}
+    sys.stdout.flush()
+    import einops, matplotlib.pyplot, torch, torch.utils._python_dispatch, vector_quantize_pytorch  # noqa: E401, F401
+    out, sys.stdout = sys.stdout, sys.stderr  # the chapters print too
+    with get_context("fork").Pool(2, maxtasksperchild=1) as pool:
+        for result in pool.imap(run, jobs, chunksize=1): print(json.dumps(result), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    main()
