@@ -21,7 +21,7 @@ from rotvq.data import SAMPLE, ImageNet10, Source, decode_picture, imagenet10, l
 from rotvq.distributed import best_device
 from rotvq.model import VQVAE
 from rotvq.quantizer import title_of
-from rotvq.report import save_rows
+from rotvq.report import draw_maps, save_rows
 from rotvq.runs import write_atomically
 from rotvq.training import PRESETS, to_float, train
 
@@ -54,7 +54,8 @@ def entries(setting: str, seed: int, folder: Path, held: ImageNet10) -> list[dic
 
 
 def draw(folder: Path, size: int = 128) -> None:
-    "The bundled photographs through the models of a run, into nbs/images/reconstructions.png."
+    "The bundled photographs through the models of a run, and the maps of their codebooks, into nbs/images/."
+    draw_maps(folder, ESTIMATORS).savefig(ROOT / "nbs" / "images" / "codebooks.png", dpi=110)
     photos = [p for split in ("val", "train") for p in list_pictures(SAMPLE.root, split)[0]]
     x = to_float(torch.stack([torch.tensor(decode_picture(p, size)) for p in photos]))
     with torch.no_grad():
@@ -80,6 +81,7 @@ def main():
     options.add_argument("--preset", choices=("cpu", "cuda"), default="cpu", help="cuda: one setting, that preset as it is")
     options.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     options.add_argument("--settings", nargs="*", choices=sorted(SETTINGS), default=sorted(SETTINGS), help="of the preset cpu")
+    options.add_argument("--again", action="store_true", help="also what the file has already; files are written anew")
     options.add_argument("--collect", action="store_true", help="only gather what is finished")
     args = options.parse_args()
     results = ROOT / "nbs" / "results" / f"imagenet10_{'convergence' if args.preset == 'cpu' else args.preset}.json"
@@ -88,7 +90,8 @@ def main():
     for seed in args.seeds:
         for setting, config in PRESET_SETTINGS[args.preset].items():
             folder = args.runs / f"{setting}-seed{seed}"
-            if setting in SETTINGS and setting not in args.settings or (setting, seed, ESTIMATORS[-1]) in collected(results): continue
+            if setting in SETTINGS and setting not in args.settings: continue
+            if (setting, seed, ESTIMATORS[-1]) in collected(results) and not args.again: continue
             if not finished(folder, config.epochs):
                 if args.collect: continue
                 train(config, ESTIMATORS, Source(source.root, "imagenet10"), folder, seed, resume="auto")

@@ -3,9 +3,11 @@
     python benchmarks/when.py [--data DIR] [--part 0/2]
 
 Preset study (ImageNet-10 at 32 × 32) with bfloat16 autocast and a cosine schedule: about 80 seconds a run on one core. A pair of set-up
-and estimator is tried at three rates on seed 0: 3e-4, 9e-4, and the next one on the side of the better of the two. The rate with the
-lowest final error is taken, and seeds 1 and 2 (1 to 4 for the main set-ups) are run at it. Each run appends one line to nbs/results/when.jsonl; what is there is not run again, so the script can be
-stopped at any moment. Two processes share the work with --part 0/2 and --part 1/2, each with OMP_NUM_THREADS=1.
+and estimator is tried on seed 0 at rates three times apart, from 3e-4 and 9e-4 on, until the best of them has a worse one on either side
+(8.1e-3 is the highest: at 2.4e-2 the pairs that were tried came out worse, nearly all of them by far). Seeds 1 and 2 (1 to 4 for the main
+set-ups) are run at that rate, and the main set-ups also at 64 × 64. Each run appends one line to nbs/results/when.jsonl; what is there is
+not run again, so the script can be stopped at any moment. Two processes share the work with --part 0/2 and --part 1/2, each with
+OMP_NUM_THREADS=1.
 """
 import argparse
 import dataclasses
@@ -15,7 +17,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from rotvq.bench import trial
 from rotvq.data import SAMPLE, ImageNet10, imagenet10
@@ -26,7 +27,7 @@ from rotvq.when import FSQ, SimVQ, learnable, quantized_by
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "nbs" / "results" / "when.jsonl"
 STUDY = dataclasses.replace(PRESETS["study"], epochs=30, schedule="cosine", precision="bfloat16")
-RATES, TUNING, SEEDS, MORE = (3e-4, 9e-4), 0, (1, 2), (3, 4)
+RATES, HIGHEST, TUNING, SEEDS, MORE = (3e-4, 9e-4), 8.1e-3, 0, (1, 2), (3, 4)
 BOTH = "ste", "rotation"
 
 
@@ -56,10 +57,12 @@ SETUPS = {
     "FSQ, width 8": SetUp({"width": 8}, quantized_by(lambda vq: FSQ(vq.dim)), ("ste",)),
     "SimVQ, β = 1/4": SetUp({"commitment": 0.25}, SIM),
 }
-MAIN = "plain", "k-means start", "revival"
+MAIN, LARGE = ("plain", "k-means start", "revival"), ", 64 × 64"
 
 
-def config_of(name: str, lr: float) -> Config: return dataclasses.replace(STUDY, lr=lr, **SETUPS[name].settings)
+def config_of(name: str, lr: float) -> Config:
+    size = {"size": 64} if name.endswith(LARGE) else {}
+    return dataclasses.replace(STUDY, lr=lr, **SETUPS[name.removesuffix(LARGE)].settings, **size)
 
 
 def key_of(name: str, estimator: str, lr: float, seed: int) -> dict:
@@ -73,10 +76,12 @@ def read() -> list[dict]:
     return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()] if RESULTS.exists() else []
 
 
-def third_rate(rows: list[dict], name: str, estimator: str) -> float:
-    "A third of the lower one where that was better, else three times the higher one."
-    tried = {row["lr"]: row["mse"][-1] for row in rows if (row["setup"], row["estimator"], row["seed"]) == (name, estimator, TUNING)}
-    return 1e-4 if tried[RATES[0]] < tried[RATES[1]] else 2.7e-3
+def next_rate(rows: list[dict], name: str, estimator: str) -> float | None:
+    "Three times beyond the best rate where no rate has been tried on that side; None where there are worse ones on both."
+    tried = {row["lr"] for row in rows if (row["setup"], row["estimator"], row["seed"]) == (name, estimator, TUNING)}
+    best = best_rate(rows, name, estimator)
+    near = float(f"{3 * best:.2g}"), float(f"{best / 3:.2g}")
+    return next((lr for lr in near if lr not in tried and lr <= HIGHEST), None)
 
 
 def best_rate(rows: list[dict], name: str, estimator: str) -> float:
@@ -85,12 +90,24 @@ def best_rate(rows: list[dict], name: str, estimator: str) -> float:
     return min(runs, key=lambda row: row["mse"][-1])["lr"]
 
 
-def run(key: dict, pictures: tuple[Tensor, Tensor]) -> dict:
+def run(key: dict, source: str) -> dict:
     name, estimator, lr, seed, _ = key.values()
-    done = trial(estimator, config_of(name, lr), seed, pictures, SETUPS[name].change)
+    config = config_of(name, lr)
+    pictures = tuple(ImageNet10(split, config.size, source).images for split in ("train", "val"))
+    done = trial(estimator, config, seed, pictures, SETUPS[name.removesuffix(LARGE)].change)
     names = "mse", "usage", "perplexity", "relative_error"
     curves = {key: [float(f"{row[key]:.4g}") for row in done.rows] for key in names}
     return key | {"seconds": round(done.seconds, 1)} | curves | {"machine": hardware(torch.device("cpu"))["name"]}
+
+
+def once(name: str, estimator: str, lr: float, seed: int, source: str):
+    "Run and record, unless that has been done."
+    key = key_of(name, estimator, lr, seed)
+    if any(key.items() <= row.items() for row in read()): return
+    row = run(key, source)
+    with open(RESULTS, "a", encoding="utf-8") as file: file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    print(f"{name:34} {estimator:18} lr {lr:.0e}  seed {seed}  MSE {row['mse'][-1]:.4f}  codes used {row['usage'][-1]:.1%}  "
+          f"{row['seconds']:.0f} s", flush=True)
 
 
 def main():
@@ -100,20 +117,17 @@ def main():
     args = options.parse_args()
     source = imagenet10(args.data)
     if source == SAMPLE: raise SystemExit("This experiment needs ImageNet-10: name its folder with --data.")
-    pictures = tuple(ImageNet10(split, STUDY.size, source).images for split in ("train", "val"))
     part, parts = map(int, args.part.split("/"))
     mine = [(name, estimator) for name, setup in SETUPS.items() for estimator in setup.estimators][part::parts]
-    todo = [(pair, TUNING, lambda *_, lr=lr: lr) for lr in RATES for pair in mine]
-    todo += [(pair, TUNING, third_rate) for pair in mine]
-    todo += [(pair, seed, best_rate) for seed in (*SEEDS, *MORE) for pair in mine if seed in SEEDS or pair[0] in MAIN]
-    for (name, estimator), seed, rate in todo:
-        rows = read()
-        key = key_of(name, estimator, rate(rows, name, estimator), seed)
-        if any(key.items() <= row.items() for row in rows): continue
-        row = run(key, pictures)
-        with open(RESULTS, "a", encoding="utf-8") as file: file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        print(f"{name:34} {estimator:18} lr {row['lr']:.0e}  seed {seed}  MSE {row['mse'][-1]:.4f}  codes used {row['usage'][-1]:.1%}  "
-              f"{row['seconds']:.0f} s", flush=True)
+    for pair in mine:
+        for lr in RATES: once(*pair, lr, TUNING, source)
+        while lr := next_rate(read(), *pair): once(*pair, lr, TUNING, source)
+    for seed in (*SEEDS, *MORE):
+        for pair in mine:
+            if seed in SEEDS or pair[0] in MAIN: once(*pair, best_rate(read(), *pair), seed, source)
+    for seed in (TUNING, *SEEDS):
+        for name, estimator in mine:
+            if name in MAIN: once(name + LARGE, estimator, best_rate(read(), name, estimator), seed, source)
 
 
 if __name__ == "__main__":
