@@ -155,13 +155,15 @@ def test_nbdev_is_pinned_with_what_it_needs():
     for pin in ("nbdev==2.4.14", "execnb<0.2", "fastcore<2", "ghapi<2", "fastgit<0.1"): assert pin in dev
 
 
-def test_outside_scripts_are_stripped():
+def test_pages_are_mended():
     sys.path.insert(0, str(ROOT / "tools"))
-    from strip_outside_scripts import strip
+    from mend_pages import mend
     inline = "<script>draw()</script>"
     page = ('<script src="https://cdn.example.org/require.js/2.3.6/require.min.js" integrity="sha-1"></script>\n'
             f'<script src="https://cdn.example.org/jquery.min.js"></script>{inline}<script src="site_libs/quarto.js"></script>')
-    assert strip(page) == f'{inline}<script src="site_libs/quarto.js"></script>'
+    assert mend(page) == f'{inline}<script src="site_libs/quarto.js"></script>'
+    assert mend('<mover><mi>q</mi><mo accent="true">\u0302</mo></mover><mo form="prefix">∥</mo>') == (
+        '<mover><mi>q</mi><mo accent="true" stretchy="false">^</mo></mover><mo form="prefix">‖</mo>')
 
 
 @pytest.mark.skipif(shutil.which("quarto") is None, reason="quarto is not on PATH")
@@ -171,4 +173,5 @@ def test_site_renders(copy):
     nbdev("nbdev_docs", copy)
     pages = {p.name: p.read_text(encoding="utf-8") for p in (copy / "_docs").glob("*.html")}
     assert {re.sub(r"^\d+_", "", p.stem) + ".html" for p in NOTEBOOKS} <= set(pages)
-    for name, page in pages.items(): assert not re.findall(r'<script[^>]+src="https?://', page), name
+    for name, page in pages.items(): assert not re.findall(r'<(?:script|img|iframe|source)[^>]+src="(?:https?:)?//|<link(?![^>]+rel="canonical")[^>]+href="https?://', page), name
+    for sheet in (copy / "_docs").rglob("*.css"): assert not re.findall(r"""(?:@import|url\()\s*(?:url\()?["']?(?:https?:)?//""", sheet.read_text(encoding="utf-8")), sheet
