@@ -85,7 +85,7 @@ def test_notebook_is_executed_and_clean(notebook):
     if len(code) > 3: assert outputs, "not executed"
     for cell in code:
         source = "".join(cell["source"])
-        if "#| label: fig-" in source: assert "#| fig-cap: " in source and any("image/png" in o.get("data", {}) for o in cell["outputs"])
+        if "#| label: fig-" in source: assert "#| fig-cap: " in source and "#| fig-alt: " in source and any("image/png" in o.get("data", {}) for o in cell["outputs"])
         directives = re.match(r"(?:#\|.*\n)*", source).group()
         if "eval: false" not in directives: ast.parse(source)
         if "export" in directives:                                        # the docs build runs these cells alone
