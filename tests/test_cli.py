@@ -47,7 +47,7 @@ def test_the_run_folder(trained, capsys):
     assert Image.open(trained / "reconstructions.png").width > 500 and Image.open(trained / "curves.png").width > 500
     assert main(["train", "--resume", "--data", "sample", "--out", str(trained)]) == 0            # finished: shows the table again
     said = capsys.readouterr().out
-    assert comparison_table(rows) in said and "sample" in said and "k-means" not in said
+    assert str(comparison_table(rows)) in said and "sample" in said and "k-means" not in said
 
 
 def test_what_the_gap_depends_on_stands_beside_the_table_it_is_true_for(tmp_path, monkeypatch, capsys, trained):

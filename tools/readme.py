@@ -20,6 +20,8 @@ def readme(notebook: dict) -> str:
             if "echo: false" not in directives: parts.append(f"```python\n{code}\n```")
             text = "".join("".join(output.get("text", "")) for output in cell["outputs"]).rstrip()
             if text: parts.append(f"```text\n{text}\n```")
+            tables = ("".join(output.get("data", {}).get("text/markdown", "")) for output in cell["outputs"])
+            parts += [table for table in tables if table]
     return "<!-- Made from nbs/index.ipynb by `make export`; edit there. -->\n\n" + "\n\n".join(parts) + "\n"
 
 
