@@ -29,13 +29,14 @@ def figures(name: str) -> list[str]:
     return [html for o in outputs if "rotvq-explorable" in (html := "".join(o["data"]["text/html"]))]
 
 
-def in_browser(tmp_path: Path, script: str, body: str = "") -> object:
-    "What the JavaScript expression or async function body `script` returns on a page with `body` and rotvq.js."
+def in_browser(tmp_path: Path, script: str, body: str = "", scripts: tuple[str, ...] = ("rotvq.js",)) -> object:
+    "What the JavaScript expression or async function body `script` returns on a page with `body` and the scripts."
     (tmp_path / "assets").mkdir(exist_ok=True)
-    for file in ("rotvq.js", "rotvq.css"): shutil.copy(NBS / "assets" / file, tmp_path / "assets")
+    for file in (*scripts, "rotvq.css"): shutil.copy(NBS / "assets" / file, tmp_path / "assets")
+    tags = "".join(f'<script src="assets/{file}"></script>' for file in scripts)
     page = tmp_path / "page.html"
     page.write_text(f"""<!DOCTYPE html><meta charset="utf-8"><link rel="stylesheet" href="assets/rotvq.css"><body>{body}
-<script src="assets/rotvq.js"></script><pre id="answer"></pre><script>
+{tags}<pre id="answer"></pre><script>
 window.addEventListener("load", async () => {{
   let answer;
   try {{ answer = await (async () => {{ {script} }})(); }} catch (error) {{ answer = {{error: String(error)}}; }}

@@ -104,7 +104,7 @@ def test_every_notebook_is_in_the_sidebar():
     listed = [page for entry in site for page in entry.get("contents", [entry])]
     for page in listed:
         if re.match("[01]", page["href"]): assert page["text"].startswith(f"{int(page['href'][:2])} ")
-    assert sorted(page["href"] for page in listed) == sorted(p.name for p in [*NOTEBOOKS, *(ROOT / "nbs").glob("*.qmd")])
+    assert sorted(page["href"] for page in listed) == sorted(p.name for p in [*NOTEBOOKS, *(ROOT / "nbs").glob("[a-z]*.qmd")])
     assert (ROOT / "nbs" / "_quarto.yml").is_symlink() and not (ROOT / "_quarto.yml").is_symlink()
 
 
@@ -155,6 +155,11 @@ def test_workflows_run_what_the_makefile_has():
 def test_nbdev_is_pinned_with_what_it_needs():
     dev = settings()["dev_requirements"].split()
     for pin in ("nbdev==2.4.14", "execnb<0.2", "fastcore<2", "ghapi<2", "fastgit<0.1"): assert pin in dev
+
+
+def test_citation_has_the_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == settings()["version"] and citation["cff-version"] == "1.2.0"
 
 
 def test_pages_are_mended():

@@ -8,10 +8,10 @@
   const COLORS = { ste: "#E69F00", rotation: "#0072B2", reflection: "#CC79A7" };
   const NAMES = { ste: "straight-through", rotation: "rotation", reflection: "reflection" };
   const dot = (u, v) => u[0] * v[0] + u[1] * v[1];
-  const norm = (v) => Math.hypot(v[0], v[1]);
+  const norm = (v) => Math.sqrt(dot(v, v));
   const add = (u, v, k = 1) => [u[0] + k * v[0], u[1] + k * v[1]];
   const scale = (v, k) => [k * v[0], k * v[1]];
-  const unit = (v) => (norm(v) > 0 ? scale(v, 1 / norm(v)) : [0, 0]);
+  const unit = (v) => { const n = norm(v); return n > 0 ? scale(v, 1 / n) : [0, 0]; };
   const angle = (u, v) => !(norm(u) > 0 && norm(v) > 0) ? NaN : (Math.acos(Math.max(-1, Math.min(1, dot(unit(u), unit(v))))) * 180) / Math.PI;
   const reflect = (u, v) => (norm(v) > 0 ? add(u, unit(v), -2 * dot(u, unit(v))) : u);
   const rounding = (r) => (norm(r) > 1e-12 ? r : [0, 0]);
@@ -32,8 +32,11 @@
     reflection: (z, q, g, ratio) => carried(true, z, q, g, ratio),
   };
   function nearest(z, codes) {
-    let best = 0;
-    codes.forEach((c, i) => { if (norm(add(z, c, -1)) < norm(add(z, codes[best], -1))) best = i; });
+    let best = 0, least = Infinity;
+    for (let i = 0; i < codes.length; i++) {
+      const a = z[0] - codes[i][0], b = z[1] - codes[i][1], far = a * a + b * b;
+      if (far < least) [best, least] = [i, far];
+    }
     return best;
   }
 
@@ -221,7 +224,7 @@
         handles[name].setAttribute("transform", `translate(${cx},${cy})`);
         handles[name].setAttribute("aria-valuetext", state[name].map((x) => x.toFixed(2)).join(", "));
       }
-      element.rotvq = { state, drawn, move };
+      element.rotvq = { state, drawn, move, update };
     }
     function move(name, to) {
       const hung = Object.keys(scene.points).filter((other) => scene.points[other].on === name);
@@ -258,7 +261,8 @@
   }
 
   const mountAll = () => document.querySelectorAll(".rotvq-explorable").forEach(mount);
-  window.rotvq = { gradients, reflect, nearest, angle, cell, codes: CODES, points: POINTS, scenes, mountAll };
+  window.rotvq = { gradients, reflect, nearest, angle, cell, codes: CODES, points: POINTS, scenes, mountAll,
+    colors: COLORS, names: NAMES, vectors: { add, dot, norm, scale, unit } };
   if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", mountAll);
   else mountAll();
 })();
