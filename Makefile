@@ -7,7 +7,7 @@ OLDEST := .venv-oldest
 PIP_FLAGS := --disable-pip-version-check -q --config-settings editable_mode=compat
 PACKAGE := settings.ini setup.py pyproject.toml
 
-.PHONY: help train test test-integrations test-oldest gpu-check full lab docs quarto export notebooks clean
+.PHONY: help train test test-integrations test-oldest gpu-check full lab docs quarto export notebooks dist release-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make docs               the site, into _docs/ (needs Quarto)"
 	@echo "make export             rotvq/ and README.md from the notebooks"
 	@echo "make notebooks          execute all notebooks in place, on the bundled sample"
+	@echo "make dist               the package as it is released, into dist/"
 	@echo "make clean              remove what can be made again (.venv and .venv-oldest too); data/ and runs/ stay"
 
 # An existing .venv is used as it is, so another build of PyTorch can be put there first.
@@ -73,7 +74,7 @@ test-integrations: $(VENV)/integrations-ready
 
 # Without the tests of the project itself, which need nbdev.
 test-oldest: $(OLDEST)/ready
-	@PATH="$(CURDIR)/$(OLDEST)/bin:$$PATH" python -m pytest $(foreach t,project claims mutations explorables compatibility,--ignore tests/test_$(t).py)
+	@PATH="$(CURDIR)/$(OLDEST)/bin:$$PATH" python -m pytest $(foreach t,project claims mutations explorables playground compatibility,--ignore tests/test_$(t).py)
 
 gpu-check: $(VENV)/dev-ready
 	@$(BIN)/python benchmarks/gpu_check.py
@@ -109,6 +110,13 @@ notebooks: export
 	  $(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False $$n || exit 1; done
 	@$(BIN)/nbdev_clean
 	@$(BIN)/python tools/readme.py
+
+dist: $(VENV)/dev-ready
+	@rm -rf dist
+	@$(BIN)/python -m build -q
+
+release-check:
+	@test "$(TAG)" = "v$$(sed -n 's/^version = //p' settings.ini)" || { echo "TAG is '$(TAG)', and settings.ini has version $$(sed -n 's/^version = //p' settings.ini)"; exit 1; }
 
 clean:
 	rm -rf $(VENV) $(OLDEST) _docs _proc build dist *.egg-info nbs/nbdev.yml nbs/.last_checked .pytest_cache .hypothesis

@@ -1,10 +1,9 @@
-"""The experiment of chapter 13: straight-through, rotation and reflection on ImageNet-10, over seeds and codebook starts.
+"""The experiment of the chapter on the run: straight-through, rotation and reflection on ImageNet-10, over seeds and codebook starts.
 
     python benchmarks/imagenet10.py [--data DIR] [--preset cpu] [--long]
 
 Writes nbs/results/imagenet10_<preset>.json (a row for each epoch, estimator, seed and setting) after every run, so it can be
-stopped and started again, and nbs/images/effect.png, the curves of all seeds and of seed 0 of convergence.py. With --long it makes one
-long run in float32 instead (45 epochs), into nbs/results/imagenet10_<preset>_long.json.
+stopped and started again. With --long it makes one long run in float32 instead (45 epochs), into nbs/results/imagenet10_<preset>_long.json.
 """
 import argparse
 import dataclasses
@@ -14,8 +13,6 @@ from pathlib import Path
 from rotvq.data import SAMPLE, ImageNet10, Source, imagenet10, list_pictures
 from rotvq.distributed import best_device
 from rotvq.model import VQVAE
-from rotvq.plots import save_run_curves
-from rotvq.report import curve_rows
 from rotvq.runs import hardware, write_atomically
 from rotvq.training import PRESETS, evaluate, train
 
@@ -64,15 +61,6 @@ def measure_again(rows: list[dict], preset, source, runs: Path, results: Path) -
     write_atomically(results, json.dumps(held | {"rows": rows}, indent=1) + "\n")
 
 
-def effect(results: Path) -> None:
-    "effect.png from what has been measured here and by convergence.py."
-    short = json.loads(results.read_text(encoding="utf-8"))["rows"] if results.exists() else []
-    longer = results.with_name("imagenet10_convergence.json")
-    models = json.loads(longer.read_text(encoding="utf-8"))["models"] if longer.exists() else []
-    first = [m for m in models if (m["setting"], m["seed"]) == ("constant", 0)]
-    save_run_curves([row for row in short if row["setting"] == "uniform start"], ROOT / "nbs" / "images" / "effect.png", curve_rows(first))
-
-
 if __name__ == "__main__":
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--data", help="see `rotvq train --help`")
@@ -91,4 +79,3 @@ if __name__ == "__main__":
     else:
         rows = measure(preset, source, args.runs, results, SETTINGS)
         measure_again(rows, preset, source, args.runs, results)
-    effect(results)

@@ -203,7 +203,7 @@ def cost(
 
 # %% ../nbs/13_bench.ipynb #a6f82e9b
 def turn_only(z: Tensor, q: Tensor) -> Tensor:
-    "The rotation trick with γ = 1: gradient Rᵀg (Fifty et al. 2024, appendix A.9)."
+    "The rotation trick with γ = 1: gradient Rᵀg (Fifty et al. 2025, appendix A.9)."
     return rotation_trick(z, q, gamma=1.0)
 
 # %% ../nbs/13_bench.ipynb #9bf5a33c

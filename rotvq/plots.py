@@ -381,11 +381,9 @@ def run_curves(
     return fig
 
 # %% ../nbs/90_plots.ipynb #5c37f366
-def save_run_curves(
-    rows: list[dict], file: str | Path, longer: list[dict] = ()
-) -> None:
+def save_run_curves(rows: list[dict], file: str | Path) -> None:
     "`run_curves` into a file, leaving no open figure behind."
-    fig = run_curves(rows, longer)
+    fig = run_curves(rows)
     fig.savefig(file)
     plt.close(fig)
 

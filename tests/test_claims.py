@@ -56,6 +56,7 @@ def test_row(claim):
         if name.startswith("check-"):
             file, source = cells[name]
             assert f"]({file}" in place, f"{name} is in {file}, which the row does not name"
+            assert f"[`{name}`]({file}#{name})" in checks, f"{name} is no link to its cell"
             assert "eval: false" not in source and can_fail(ast.parse(source)), f"{name} cannot fail"
         else:
             file, function = name.split("::")
@@ -66,6 +67,16 @@ def test_row(claim):
         if not anchor: continue
         headings = [slug(h) for c in notebook(file) if c["cell_type"] == "markdown" for h in re.findall(r"^#+ (.+)$", "".join(c["source"]), re.MULTILINE)]
         assert anchor in headings, (anchor, headings)
+
+
+def test_summary_counts_the_verdicts():
+    def kind(verdict):
+        if verdict.startswith(("open", "does not hold")): return verdict[:4]
+        return "conditions" if verdict.startswith("holds under") or "does not hold" in verdict else "holds"
+    kinds = [kind(row[3]) for row in ROWS.values()]
+    said = re.search(r"Of (\d+) claims (\d+) hold, (\d+) hold under conditions that the verdict names, (\d+) does not hold, and none is open", PAGE)
+    assert [int(x) for x in said.groups()] == [len(ROWS), *(kinds.count(k) for k in ("holds", "conditions", "does"))]
+    assert "open" not in kinds
 
 
 def test_every_check_is_on_the_page():

@@ -157,6 +157,28 @@ def test_nbdev_is_pinned_with_what_it_needs():
     for pin in ("nbdev==2.4.14", "execnb<0.2", "fastcore<2", "ghapi<2", "fastgit<0.1"): assert pin in dev
 
 
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+def test_code_fits_its_column(notebook):
+    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "code":
+            for line in "".join(cell["source"]).splitlines(): assert len(line) <= 88 or line.startswith("#|"), line
+
+
+def minutes(notebook: Path) -> float:
+    "At 200 words and 25 lines of code a minute; a formula counts as one word."
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    text = " ".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+    code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+    words = len(re.sub(r"\$\$?.*?\$\$?|\(http[^)]*\)", " x ", text, flags=re.DOTALL).split())
+    return words / 200 + sum(source.count("\n") + 1 for source in code if "#| hide" not in source) / 25
+
+
+def test_minutes_to_read():
+    rows = re.findall(r"^\| \d+ \|.*\]\(nbs/(\S+\.ipynb)\).*\| (\d+) \|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(rows) == 17
+    for name, said in rows: assert abs(minutes(ROOT / "nbs" / name) - int(said)) <= max(2, 0.12 * int(said)), name
+
+
 def test_citation_has_the_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == settings()["version"] and citation["cff-version"] == "1.2.0"
