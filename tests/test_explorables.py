@@ -124,8 +124,13 @@ def test_figures_move_by_keyboard_and_pointer(tmp_path, chapter):
       }
       out.later = element.querySelector(".rotvq-says").textContent;
       out.means = element.rotvq.drawn.means; out.loss = element.rotvq.drawn.loss; out.points = rotvq.points;
-      out.state = element.rotvq.state; out.grads = element.rotvq.drawn.grads || {};
+      const kept = structuredClone(element.rotvq.state), drawn = element.rotvq.drawn;
+      element.querySelector(".rotvq-bar button").click();
+      out.reset = structuredClone(element.rotvq.state);
+      element.rotvq.drawn = drawn;
+      out.state = kept; out.grads = element.rotvq.drawn.grads || {};
       return out;""", html)
+    for name, place in answer["reset"].items(): assert place == [answer["start"][name + "1"], answer["start"][name + "2"]]
     assert not answer["picture_left"] and answer["said"] and answer["later"] != answer["said"]
     for point in answer["names"]:
         name, before = point["name"], point["before"]

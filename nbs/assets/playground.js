@@ -245,11 +245,6 @@
     own.addEventListener("change", set);
     gamma.addEventListener("input", set);
     set();
-    const start = JSON.parse(root.dataset.start);
-    element("button", controls, { type: "button" }, "Reset").addEventListener("click", () => {
-      for (const name of ["q", "z"]) figure.rotvq.move(name, [start[`${name}1`], start[`${name}2`]]);
-      figure.rotvq.move("g", [start.q1 + start.g1, start.q2 + start.g2]);
-    });
   }
 
   const INK = "#1d2430", FAINT = "#8a93a0";

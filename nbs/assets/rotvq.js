@@ -198,6 +198,12 @@
     const start = JSON.parse(element.dataset.start), state = {}, handles = {};
     for (const name in scene.points) state[name] = [start[name + "1"], start[name + "2"]];
     element.textContent = "";
+    const bar = document.createElement("div"), again = document.createElement("button");
+    bar.className = "rotvq-bar";
+    bar.append("Drag the circles, or focus one and use the arrow keys.", again);
+    again.type = "button";
+    again.textContent = "Reset";
+    element.appendChild(bar);
     const svg = make("svg", { viewBox: `0 0 ${SIZE} ${SIZE}`, role: "group", "aria-label": "Figure with points to move: drag them, or focus one and use the arrow keys" }, element);
     make("rect", { width: SIZE, height: SIZE, fill: "#fff" }, svg);
     make("path", { d: `M0,${SIZE / 2}H${SIZE}M${SIZE / 2},0V${SIZE}`, stroke: "#eee" }, svg);
@@ -235,6 +241,10 @@
       state[name] = add(bounded, foot(name), -1);
       update();
     }
+    again.addEventListener("click", () => {
+      for (const name in scene.points) state[name] = [start[name + "1"], start[name + "2"]];
+      update();
+    });
     for (const name in scene.points) {
       const handle = make("g", { tabindex: 0, role: "slider", "aria-label": scene.points[name].label, class: "rotvq-handle" }, svg);
       make("circle", { r: 15, class: "rotvq-touch" }, handle);
