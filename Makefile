@@ -19,7 +19,7 @@ help:
 	@echo "make full               on a machine with a GPU: the full run, three seeds, and its figures in the chapter on the run"
 	@echo "make lab                JupyterLab on the notebooks"
 	@echo "make docs               the site, into _docs/ (needs Quarto)"
-	@echo "make export             rotvq/ and README.md from the notebooks"
+	@echo "make export             rotvq/, README.md and nbs/reference/ from the notebooks"
 	@echo "make notebooks          execute all notebooks in place, on the bundled sample"
 	@echo "make dist               the package as it is released, into dist/"
 	@echo "make clean              remove what can be made again (.venv and .venv-oldest too); data/ and runs/ stay"
@@ -100,6 +100,7 @@ quarto:
 export: $(VENV)/dev-ready
 	@$(BIN)/nbdev_export
 	@$(BIN)/python tools/readme.py
+	@$(BIN)/python tools/reference.py
 
 notebooks: export ROTVQ_DATA := sample
 notebooks: export ROTVQ_PRESET := smoke

@@ -2,7 +2,8 @@
 
 Quarto adds require.js and jQuery from an outside host to pages with HTML outputs, and a line that needs them; inline scripts of such
 outputs run without. Pandoc writes the double bar of a norm as the relation "parallel to", which browsers set with spaces, and a hat
-that they stretch over the letter. Outputs that are wider than the page scroll, which a keyboard must reach. Quarto starts this script
+that they stretch over the letter. Outputs that are wider than the page scroll, which a keyboard must reach. nbdev links names of the
+package to the published site, where they stood in chapters; here they lead to the reference, beside the page. Quarto starts this script
 with the rendered files in QUARTO_PROJECT_OUTPUT_FILES, one a line.
 """
 import os
@@ -19,11 +20,20 @@ WORDS = {
     '<mo accent="true">\u0302</mo>': '<mo accent="true" stretchy="false">^</mo>',
     "<pre><code>": '<pre tabindex="0"><code>',
 }
+ROOT = Path(__file__).resolve().parent.parent
+# what nbdev knows of each name: page and anchor, and the file that holds it
+PLACES = dict(re.findall(r"\('([\w.]+#[\w.]+)',\s+'rotvq/(\w+)\.py'\)", (ROOT / "rotvq" / "_modidx.py").read_text(encoding="utf-8")))
+
+
+def to_reference(link: re.Match) -> str:
+    place = link[1]
+    return f'href="reference/{PLACES[place]}.html#{place.partition("#")[2]}"' if place in PLACES else link[0]
 
 
 def mend(html: str) -> str:
-    "`html` without script tags that load require.js or jQuery from another host, or need them, and with those words replaced."
+    "`html` without script tags that load require.js or jQuery from another host, or need them; those words and links replaced."
     for wrong, right in WORDS.items(): html = html.replace(wrong, right)
+    html = re.sub(r'href="https://[^"/]+/rotvq/([\w.]+#[\w.]+)"', to_reference, html)
     return OUTSIDE.sub("", html)
 
 
