@@ -66,8 +66,16 @@ def page(module: Path) -> str:
         elif isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") in names and node.end_lineno - node.lineno < 12:
             parts.append(entry(node.targets[0].id, textwrapped(lines[node.lineno - 1:node.end_lineno]), None, 2))
     about = ast.get_docstring(tree) or ""
+    taken, text = set(), "\n".join(parts)
+
+    def once(found: re.Match) -> str:                     # `forces` and `Forces` would share an anchor
+        anchor = found[1] if found[1] not in taken else f"{found[1]}-2"
+        taken.add(anchor)
+        return f"{{#{anchor}}}"
+
+    text = re.sub(r"\{#([\w.]+)\}", once, text)
     return (f'---\ntitle: "rotvq.{module.stem}"\ndescription: "{about}"\n---\n\n<!-- Made from the source by `make export`. -->\n\n'
-            f"Where it is built and checked: [{NAMES[chapter]}](../{chapter}.ipynb).\n\n" + "\n".join(parts))
+            f"Where it is built and checked: [{NAMES[chapter]}](../{chapter}.ipynb).\n\n" + text)
 
 
 def pages() -> dict[str, str]:
