@@ -200,6 +200,8 @@ def test_names_lead_to_the_reference():
     import reference
     from mend_pages import mend
     assert mend('<a href="https://rotvq.github.io/rotvq/vqvae.html#nearest_code">') == '<a href="reference/codebook.html#nearest_code">'
+    assert mend('<meta property="og:image" content="https://rotvq.github.io/rotvq/data:image/png;base64,iVBO">') == (
+        '<meta property="og:image" content="https://rotvq.github.io/rotvq/images/effect.png">')
     assert mend('<a href="https://rotvq.github.io/rotvq/when.html">') == '<a href="https://rotvq.github.io/rotvq/when.html">'
     held = {p.name: p.read_text(encoding="utf-8") for p in (ROOT / "nbs" / "reference").glob("*.qmd")}
     assert held == reference.pages(), "run `make export`"

@@ -34,6 +34,8 @@ def mend(html: str) -> str:
     "`html` without script tags that load require.js or jQuery from another host, or need them; those words and links replaced."
     for wrong, right in WORDS.items(): html = html.replace(wrong, right)
     html = re.sub(r'href="https://[^"/]+/rotvq/([\w.]+#[\w.]+)"', to_reference, html)
+    # a still picture inside the page is no address that a preview could show
+    html = re.sub(r'(<meta property="og:image" content="https://[^"/]+/[^"/]+/)data:[^"]*"', r'\1images/effect.png"', html)
     return OUTSIDE.sub("", html)
 
 
