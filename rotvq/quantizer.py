@@ -182,9 +182,9 @@ def warn_about_lambda(z: Tensor, q: Tensor, estimator: str) -> None:
         warnings.warn(
             f"At training batch 10 the median of λ = ‖q‖/‖z‖ is {lam:.1e}. The "
             f"{estimator} multiplies the gradient of the decoder's loss by λ, but not "
-            "that of the commitment loss. Start the codes at encoder outputs "
-            '(init="kmeans" or kmeans_init(z)), use distance="cosine", where λ is 1, '
-            "or scale commitment by λ.",
+            "that of the commitment loss. Set revive_after, or start the codes at "
+            'encoder outputs (init="kmeans" or kmeans_init(z)); a learnable codebook '
+            "keeps few of them there without revive_after.",
             stacklevel=6,  # where the layer is called
         )
 

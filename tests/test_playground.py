@@ -69,6 +69,9 @@ def test_what_the_page_says_comes_true(tmp_path):
       const out = {};
       for (const estimator of ["ste", "rotation"]) out[estimator] = [1, 2, 3, 4, 5].map((seed) => ({
         plain: seen({estimator, seed}, [1000, 3000]), revival: seen({estimator, seed, revive: 50}, [100, 3000])}));
+      for (const [start, steps] of [["kmeans", 100], ["normal", 1000]]) out[start] = [1, 2, 3, 4, 5].map((seed) =>
+        ["ste", "rotation"].map((estimator) => seen({estimator, seed, start}, [steps])[steps]));
+      out.mirror = [1, 2, 3].map((seed) => seen({estimator: "reflection", seed}, [1000])[1000].mse);
       out.handed = [1, 2, 3, 4, 5].map((seed) => { const toy = new rotvq.Toy({seed});
         for (let k = 0; k < 3000; k++) { if (k === 1000) toy.options.estimator = "ste"; toy.step(); }
         const {used, mse} = toy.measure(); return {used, mse}; });
@@ -83,11 +86,14 @@ def test_what_the_page_says_comes_true(tmp_path):
     said = re.search(r"after 1,000 steps more than (\d+) of 64 are in use against fewer than (\d+), in five", PAGE).groups()
     assert min(rotation) > int(said[0]) and max(ste) < int(said[1])
     assert min(late) > int(re.search(r"After 3,000 steps straight-through has more than (\d+)", PAGE).group(1))
-    assert min(used("ste", "revival", "100") + used("rotation", "revival", "100")) > 58
+    assert min(used("ste", "revival", "100") + used("rotation", "revival", "100")) >= 55
     lower = [a["revival"]["3000"]["mse"] < b["revival"]["3000"]["mse"] for a, b in zip(answer["ste"], answer["rotation"])]
     assert sum(lower) >= 3
     assert min(both["used"] for both in answer["handed"]) > 55
     assert sum(both["mse"] < run["plain"]["3000"]["mse"] for run, both in zip(answer["rotation"], answer["handed"])) >= 3
+    assert sum(rotation["mse"] < ste["mse"] for ste, rotation in answer["kmeans"]) >= 4
+    assert sum(ste["mse"] < rotation["mse"] for ste, rotation in answer["normal"]) >= 4
+    assert min(model["used"] for pair in answer["normal"] for model in pair) > 55 and min(answer["mirror"]) > 0.1
     assert answer["same"] and not answer["other"]
 
 

@@ -93,6 +93,7 @@
     constructor(options) {
       const o = (this.options = { ...DEFAULTS, ...options }), rand = (this.rand = generator(o.seed));
       this.layers = [[2, o.hidden], [o.hidden, 2], [2, o.hidden], [o.hidden, 2]].map(([a, b]) => new Linear(a, b, rand));
+      this.places = generator(o.seed + 1000);                                 // of its own, so that revival leaves the data alone
       const held = generator(12345);
       this.held = Array.from({ length: 512 }, () => DENSITIES[o.density](held));
       this.codebook = this.startCodes();
@@ -163,7 +164,7 @@
     reviveOn(z) {
       this.waited.forEach((waited, k) => {
         if (waited < this.options.revive) return;
-        const v = z[Math.floor(this.rand() * z.length)];
+        const v = z[Math.floor(this.places() * z.length)];
         [this.codebook[k], this.sums[k], this.counts[k], this.waited[k]] = [[...v], [...v], 1, 0];
       });
     }
