@@ -36,9 +36,9 @@ TABLE_ROWS = {
 }
 CAVEAT = """One seed, one setting, and early: after 45 epochs straight-through has more
 than half of its codes in use and the lower error, while a classifier recognises more of
-rotation's pictures; --epochs 45 --estimators rotation-then-ste has the lowest error, or ties with it.
-With a k-means start straight-through uses a third to a half of its codes after five
-epochs already. Figures: nbs/17_run.ipynb."""
+rotation's pictures; --epochs 45 --estimators rotation-then-ste has the lowest error, or
+ties with it. With a k-means start straight-through uses a third to a half of its codes
+after five epochs already. Figures: nbs/17_run.ipynb."""
 
 # %% ../nbs/89_report.ipynb #d52d8235
 class Table:
