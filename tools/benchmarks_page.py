@@ -21,7 +21,7 @@ ESTIMATORS = """
 
 `python benchmarks/estimators.py` times the value and its gradient to `z` for N vectors of d numbers, float32, against plain straight-through
 (`z + (q − z).detach()`), `rotate_to` of `vector_quantize_pytorch` 1.32, and the formula written as batched matrix products.
-Median in milliseconds, quartiles in brackets; "compiled" is one graph by `torch.compile`.
+Median in milliseconds (quartiles within {spread:.0%} of it at most, half of them within {typical:.1%}); "compiled" is one graph by `torch.compile`.
 """
 QUANTIZER = """
 ## The layer {{#quantizer-{device}}}
@@ -30,7 +30,7 @@ QUANTIZER = """
 vectors of d numbers, normally distributed, and K codes, float32, decay 0.8. `vector_quantize_pytorch` 1.32 has the same settings, with the
 rotation trick; "plain" is a layer written from the paper of the VQ-VAE with `torch.cdist` and a one-hot matrix. "Product and argmax" is the
 product of all vectors with all codes, a tile of 2²⁰ scores at a time, and the `argmax` of each row: no gradient, no learning.
-Median in milliseconds, quartiles in brackets.
+Median in milliseconds (quartiles within {spread:.0%} of it at most, half of them within {typical:.1%}).
 """
 TRAFFIC = """
 ## What a GPU has to move {{#traffic}}
@@ -77,11 +77,17 @@ def ratios(held: dict, over: str, under: str, key: str = "median_s") -> list[flo
     return [shape["results"][over][key] / shape["results"][under][key] for shape in held["shapes"]]
 
 
+def spread(results: list[dict]) -> dict:
+    "How far quartiles lie from their median: at most, and in half of the cases."
+    far = [max(abs(q / r["median_s"] - 1) for q in r["quartiles_s"]) for r in results]
+    return {"spread": max(far), "typical": statistics.median(far)}
+
+
 def estimators(held: dict) -> str:
     "The section of one device."
     machine, shapes = held["machine"], held["shapes"]
     head = ["(N, d)", *(f"({n}, {d})" for n, d in (shape["shape"] for shape in shapes))]
-    milli = lambda r: "{:.2f} ({:.2f} to {:.2f})".format(*(1e3 * t for t in (r["median_s"], *r["quartiles_s"])))
+    milli = lambda r: f"{1e3 * r['median_s']:.2f}"
     times = [[name, *(milli(shape["results"][name]) for shape in shapes)] for name in NAMES]
     memory = [[name, *(f"{shape['results'][name]['peak_bytes'] / shape['input_bytes']:.1f}" for shape in shapes)] for name in NAMES]
     pairs = {"rotate_to / rotvq": ("rotate_to", "rotvq"), "rotate_to / rotvq, compiled": ("rotate_to", "rotvq, compiled"),
@@ -91,10 +97,10 @@ def estimators(held: dict) -> str:
     rates = [[name, *(f"{x:.1f}" for x in values), f"{statistics.median(values):.1f}"]
              for name, values in ((name, ratios(held, *pair)) for name, pair in pairs.items())]
     about = f"{machine['name']}, {machine['device']}, {machine['threads']} threads, PyTorch {machine['torch']}, {held['rounds']} rounds."
-    return "\n".join([ESTIMATORS.format(device=machine["device"]), table(head, times), about, "",
+    return "\n".join([ESTIMATORS.format(device=machine["device"], **spread([r for shape in shapes for r in shape["results"].values()])), table(head, times), about, "",
                       "How many times the first costs what the second costs:", "", table([*head, "median"], rates),
                       "Most memory held at one time, in multiples of the size of `z`. The gradient is one; `rotvq` does not copy the value, `q`; what it makes on the way belongs to one block of rows:", "",
-                      table(head, memory), f"![Time of forward and backward, relative to plain straight-through, on a logarithmic axis. {about}]"
+                      table(head, memory), f"![Time of forward and backward, relative to plain straight-through, on a logarithmic axis; thin lines from quartile to quartile. {about}]"
                       f"(images/estimators_{machine['device']}.png)", ""])
 
 
@@ -109,7 +115,9 @@ def draw(held: dict) -> None:
              "rotate_to, compiled": "0.75", "rotate_to": "0.45", "batched matrices": "0.2"}
     for i, (name, color) in enumerate(shown.items()):
         x = [k + (i - 2.5) * .14 for k in range(len(held["shapes"]))]
-        ax.bar(x, ratios(held, name, "plain STE"), width=.13, color=color, label=name)
+        heights, results = ratios(held, name, "plain STE"), [shape["results"][name] for shape in held["shapes"]]
+        ends = [[abs(r["quartiles_s"][k] / r["median_s"] - 1) * h for h, r in zip(heights, results)] for k in (0, 1)]
+        ax.bar(x, heights, width=.13, color=color, label=name, yerr=ends, error_kw={"lw": .8})
     ax.set_xticks(range(len(held["shapes"])), [f"({n}, {d})" for n, d in (shape["shape"] for shape in held["shapes"])])
     ax.set(yscale="log", ylabel="time / plain STE")
     fig.legend(loc="outside upper center", ncols=6, fontsize=8)
@@ -117,7 +125,7 @@ def draw(held: dict) -> None:
     plt.close(fig)
 
 
-def span(r: dict) -> str: return "{:.1f} ({:.1f} to {:.1f})".format(*(1e3 * t for t in (r["median_s"], *r["quartiles_s"])))
+def milli(r: dict) -> str: return f"{1e3 * r['median_s']:.1f}"
 
 
 def short(x: float) -> str: return f"{x:.3f}" if x < 0.1 else f"{x:.2f}" if x < 2 else f"{x:.1f}"
@@ -132,9 +140,10 @@ def quantizer(held: dict) -> str:
     "The section of one device."
     shapes, device = held["shapes"], held["machine"]["device"]
     head = ["(N, d, K)", *("({}, {}, {})".format(*shape["shape"]) for shape in shapes)]
+    timed = [r for shape in shapes for kind in ("training", "lookup") for r in shape[kind].values() if "quartiles_s" in r]
 
     def part(kind: str, names: list[str], pairs: dict) -> list[str]:
-        times = [[name, *(span(shape[kind][name]) for shape in shapes)] for name in names]
+        times = [[name, *(milli(shape[kind][name]) for shape in shapes)] for name in names]
         rates = []
         for title, (over, under, key) in pairs.items():
             values = [shape[kind][over][key] / shape[kind][under][key] for shape in shapes]
@@ -145,7 +154,7 @@ def quantizer(held: dict) -> str:
     time = {f"{peer} / rotvq": (peer, "rotvq", "median_s"), "plain / rotvq": ("plain", "rotvq", "median_s"), "rotvq / product and argmax": ("rotvq", BARE, "median_s")}
     memory = {f"peak memory: rotvq / {peer}": ("rotvq", peer, "peak_bytes"), "peak memory: rotvq / plain": ("rotvq", "plain", "peak_bytes")}
     mebi = [[name, *(f"{shape['training'][name]['peak_bytes'] / 2**20:.0f}" for shape in shapes)] for name in ("rotvq", peer, "plain", BARE)]
-    return "\n".join([QUANTIZER.format(device=device), "A training step:", "", *part("training", ["rotvq", peer, "plain", BARE], time | memory),
+    return "\n".join([QUANTIZER.format(device=device, **spread(timed)), "A training step:", "", *part("training", ["rotvq", peer, "plain", BARE], time | memory),
                       "Most memory held at one time in a training step, in MiB, the layer and its input not counted:", "", table(head, mebi),
                       "A lookup, in eval mode; `encode` returns the indices only:", "",
                       *part("lookup", ["rotvq", "rotvq, encode", peer, "plain", BARE], time | {"rotvq, encode / product and argmax": ("rotvq, encode", BARE, "median_s")}),
@@ -179,7 +188,7 @@ def draw_quantizer(held: dict) -> None:
 def step(held: dict) -> str:
     "The section of one device."
     none = held["results"]["none"]["median_s"]
-    rows = [[{"none": "no quantizer", "ste": "rotvq, straight-through", "rotation": "rotvq, rotation"}.get(name, name), span(r),
+    rows = [[{"none": "no quantizer", "ste": "rotvq, straight-through", "rotation": "rotvq, rotation"}.get(name, name), milli(r),
              "" if name == "none" else f"{1 - none / r['median_s']:.1%}"] for name, r in held["results"].items()]
     return "\n".join([STEP.format(device=held["machine"]["device"], **held), table(["", "a step, ms", "share"], rows), about(held), ""])
 
@@ -208,9 +217,32 @@ def traffic(held: dict) -> str:
 SECTIONS = {"estimators": (estimators, draw), "quantizer": (quantizer, draw_quantizer), "step": (step, None), "training": (training, None)}
 
 
+def in_short(results: dict) -> str:
+    "The takeaway, in medians over the shapes."
+    of_trick, of_layer, of_step, of_training = (results[kind] for kind in ("estimators", "quantizer", "step", "training"))
+    middle = lambda values: statistics.median(values)
+    layer = lambda over, under, key: middle([s["training"][over][key] / s["training"][under][key] for s in of_layer["shapes"]])
+    peer = "vector_quantize_pytorch"
+    trick, ste = middle(ratios(of_trick, "rotate_to", "rotvq")), middle(ratios(of_trick, "rotvq", "plain STE"))
+    compiled = middle(ratios(of_trick, "rotvq, compiled", "rotate_to, compiled"))
+    none = of_step["results"]["none"]["median_s"]
+    share = lambda name: 1 - none / of_step["results"][name]["median_s"]
+    whole = of_training["steps"]["float32"]
+    faster = whole["rotation"]["pictures_per_second"] / whole[peer]["pictures_per_second"]
+    return f"""
+**In short** (a CPU with two cores, medians over the shapes below):
+
+- A training step of the layer takes {1 / layer(peer, "rotvq", "median_s"):.0%} of the time and {layer("rotvq", peer, "peak_bytes"):.1%} of the memory of `{peer}`, and about as long as the bare product of vectors and codes.
+- The rotation trick alone costs {ste:.1f} times plain straight-through, and {1 / trick:.0%} of `rotate_to`; where both are compiled, {compiled:.1f} times `rotate_to`.
+- In a training step of a model the quantizer's share is {share("rotation"):.0%}, with `{peer}` {share(peer):.0%}; the whole step is {faster:.1f} times as fast.
+- No GPU has run any of this yet: what is known of one is counted, not timed ([below](#traffic)).
+"""
+
+
 def page() -> tuple[str, list]:
     "The text, and what to draw."
-    text, figures = INTRO, []
+    cpu = {kind: json.loads((RESULTS / f"{kind}_cpu.json").read_text(encoding="utf-8")) for kind in SECTIONS}
+    text, figures = INTRO + in_short(cpu), []
     for kind, (write, figure) in SECTIONS.items():
         for file in sorted(RESULTS.glob(f"{kind}_*.json")):
             held = json.loads(file.read_text(encoding="utf-8"))
