@@ -43,7 +43,7 @@ window.addEventListener("load", async () => {{
   document.getElementById("answer").textContent = JSON.stringify(answer);
 }});</script>""", encoding="utf-8")
     done = subprocess.run([BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
-                           "--virtual-time-budget=10000", "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120)
+                           "--virtual-time-budget=10000", "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=400)
     found = re.search(r'<pre id="answer">(.*?)</pre>', done.stdout, re.DOTALL)
     assert found, done.stderr[-2000:]
     answer = json.loads(unescape(found.group(1)))
