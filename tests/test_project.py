@@ -200,6 +200,8 @@ def test_names_lead_to_the_reference():
     import reference
     from mend_pages import mend
     assert mend('<a href="https://rotvq.github.io/rotvq/vqvae.html#nearest_code">') == '<a href="reference/codebook.html#nearest_code">'
+    assert mend(f"<pre><code>{'word ' * 20}</code></pre>").startswith('<pre class="sentences" tabindex="0"><code>word')
+    assert mend(f"<pre><code>{'column    ' * 10}</code></pre>").startswith('<pre tabindex="0"><code>column')
     assert mend('<meta property="og:image" content="https://rotvq.github.io/rotvq/data:image/png;base64,iVBO">') == (
         '<meta property="og:image" content="https://rotvq.github.io/rotvq/images/effect.png">')
     assert mend('<a href="https://rotvq.github.io/rotvq/when.html">') == '<a href="https://rotvq.github.io/rotvq/when.html">'

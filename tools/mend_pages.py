@@ -30,9 +30,17 @@ def to_reference(link: re.Match) -> str:
     return f'href="reference/{PLACES[place]}.html#{place.partition("#")[2]}"' if place in PLACES else link[0]
 
 
+def wrapped(output: re.Match) -> str:
+    "Sentences that are wider than the page are wrapped; what is set in columns scrolls."
+    lines = output[2].splitlines()
+    sentences = any(len(line) > 88 for line in lines) and not any("   " in line.strip() for line in lines)
+    return output[1].replace("<pre", '<pre class="sentences"') + output[2] if sentences else output[0]
+
+
 def mend(html: str) -> str:
     "`html` without script tags that load require.js or jQuery from another host, or need them; those words and links replaced."
     for wrong, right in WORDS.items(): html = html.replace(wrong, right)
+    html = re.sub(r'(<pre tabindex="0"><code>)([^<]*)', wrapped, html)
     html = re.sub(r'href="https://[^"/]+/rotvq/([\w.]+#[\w.]+)"', to_reference, html)
     # a still picture inside the page is no address that a preview could show
     html = re.sub(r'(<meta property="og:image" content="https://[^"/]+/[^"/]+/)data:[^"]*"', r'\1images/effect.png"', html)

@@ -2,7 +2,7 @@
    Needs rotvq.js and nothing else. The same seed gives the same run; its steps are checked against the Python package. */
 (function () {
   "use strict";
-  const { gradients, nearest, angle, colors, names, vectors, scenes } = window.rotvq;
+  const { gradients, nearest, angle, ratio, degrees, colors, names, vectors, scenes } = window.rotvq;
   const { add, dot, norm, scale, unit } = vectors;
 
   /* Uniform numbers in [0, 1) from a seed (mulberry32). */
@@ -191,7 +191,6 @@
     const mean = scale(points.reduce((sum, v) => add(sum, v)), 1 / points.length);
     return Math.sqrt(points.reduce((sum, v) => sum + norm(add(v, mean, -1)) ** 2, 0) / points.length);
   };
-  const degrees = (x) => (Number.isNaN(x) ? "none" : `${Math.round(x)}°`);
   scenes.cell = {
     points: { z: { label: "z, with the points of its cell around it" }, q: { label: "q, the code" }, g: { label: "g, the gradient at q", on: "q" } },
     draw(p, paint) {
@@ -204,8 +203,7 @@
       paint.arrow(p.z, v, color, "v");
       cell.forEach((point) => paint.dot(point, "#bbb"));
       after.forEach((point) => paint.dot(point, color));
-      const lam = norm(p.z) > 0 && norm(p.q) > 0 ? norm(p.q) / norm(p.z) : 1;
-      return { cell, after, gradient: v, lines: [`from z to q: θ = ${degrees(angle(p.z, p.q))}, λ = ‖q‖/‖z‖ = ${lam.toFixed(2)}`,
+      return { cell, after, gradient: v, lines: [`from z to q: θ = ${degrees(angle(p.z, p.q))}, λ = ‖q‖/‖z‖ = ${ratio(p.q, p.z).toFixed(2)}`,
         [`v, the gradient at z: turned by ${degrees(angle(p.g, v))}, ${(norm(v) / norm(p.g)).toFixed(2)} times as long as g`, color],
         `angle of q and g: ${degrees(angle(p.q, p.g))}; of z and v: ${degrees(angle(p.z, v))}`,
         `a step of −${rate} v: spread of the cell × ${(spread(after) / spread(cell)).toFixed(2)}, ‖z‖ × ${(norm(after[0]) / norm(p.z)).toFixed(2)}`] };
@@ -250,10 +248,10 @@
 
   const INK = "#1d2430", FAINT = "#8a93a0";
   function surface(canvas, width, height) {
-    const ratio = window.devicePixelRatio || 1;
-    if (canvas.width !== width * ratio) { canvas.width = width * ratio; canvas.height = height * ratio; }
+    const dots = window.devicePixelRatio || 1;
+    if (canvas.width !== width * dots) { canvas.width = width * dots; canvas.height = height * dots; }
     const pen = canvas.getContext("2d");
-    pen.setTransform(ratio, 0, 0, ratio, 0, 0);
+    pen.setTransform(dots, 0, 0, dots, 0, 0);
     pen.fillStyle = "#fff";
     pen.fillRect(0, 0, width, height);
     pen.font = "12px system-ui, sans-serif";

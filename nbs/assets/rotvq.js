@@ -272,7 +272,7 @@
 
   const mountAll = () => document.querySelectorAll(".rotvq-explorable").forEach(mount);
   window.rotvq = { gradients, reflect, nearest, angle, cell, codes: CODES, points: POINTS, scenes, mountAll,
-    colors: COLORS, names: NAMES, vectors: { add, dot, norm, scale, unit } };
+    colors: COLORS, names: NAMES, ratio, degrees, vectors: { add, dot, norm, scale, unit } };
   if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", mountAll);
   else mountAll();
 })();
