@@ -2,8 +2,8 @@
 
     python tests/killer.py OUT SEED [LIMIT]
 
-PyTorch is imported once and the children are forked, so a kill costs no start. A state is written after every step, so that many
-kills fall into the middle of a write.
+PyTorch is imported once and the children are forked, so a kill costs no start. A state is written after every step. Every second kill
+is aimed: after its random moment the child is halted, looked at and let go on until it stands in the middle of a write.
 """
 import dataclasses
 import json
@@ -33,6 +33,27 @@ def attempt(out: Path) -> None:
         os._exit(1)
 
 
+def half_written(out: Path) -> bool: return any(out.rglob(".[!l]*.*"))
+
+
+def ended(child: int, flags: int = os.WNOHANG) -> int | None:
+    "The exit code of a child that has left by itself, or None."
+    done, status = os.waitpid(child, flags)
+    return os.waitstatus_to_exitcode(status) if done and not os.WIFSTOPPED(status) else None
+
+
+def wait_for_a_write(child: int, out: Path, seconds: float, rng: random.Random) -> int | None:
+    "Leaves the child halted in the middle of a write, or as it is after `seconds`; the exit code if it came to its end."
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        os.kill(child, signal.SIGSTOP)
+        if (code := ended(child, os.WUNTRACED)) is not None: return code
+        if half_written(out): return None
+        os.kill(child, signal.SIGCONT)
+        time.sleep(rng.uniform(0.001, 0.01))
+    return None
+
+
 def main(out: Path, seed: int, limit: int = 200) -> dict:
     torch.set_num_threads(1)
     rng, kills, halves, before, patience = random.Random(seed), 0, 0, [], 1.0
@@ -41,15 +62,16 @@ def main(out: Path, seed: int, limit: int = 200) -> dict:
         before = states_of(out)[:1]
         child = os.fork()
         if child == 0: attempt(out)
-        end = time.monotonic() + patience * rng.uniform(0.15, 0.7)
-        while time.monotonic() < end:
-            done, status = os.waitpid(child, os.WNOHANG)
-            if done: return {"kills": kills, "half_written": halves, "exit": os.waitstatus_to_exitcode(status)}
+        end, code = time.monotonic() + patience * rng.uniform(0.15, 0.7), None
+        while code is None and time.monotonic() < end:
             time.sleep(0.005)
+            code = ended(child)
+        if code is None and kills % 2: code = wait_for_a_write(child, out, 20 * patience, rng)
+        if code is not None: return {"kills": kills, "half_written": halves, "exit": code}
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         kills += 1
-        halves += bool(list(out.rglob(".[!l]*.*")))
+        halves += half_written(out)
     return {"kills": kills, "half_written": halves, "exit": None}
 
 
