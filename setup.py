@@ -9,6 +9,9 @@ config = ConfigParser(delimiters=["="])
 config.read(root / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("plots", "metrics", "notebooks", "dev", "integrations")}
+extras["dev"] += extras["notebooks"]                                       # the tests execute the notebooks
+
 setup(
     name=cfg["lib_name"],
     version=cfg["version"],
@@ -25,6 +28,6 @@ setup(
     package_data={"rotvq": ["sample/*.md", "sample/*/*/*.jpg", "pretrained/*", "judge/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("plots", "metrics", "dev", "integrations")},
+    extras_require=extras,
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
 )

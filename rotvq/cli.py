@@ -142,6 +142,8 @@ def run_train(args: Train) -> None:
     say(f"estimators: {', '.join(names)}\npictures: {source.name} ({source.root})")
     say(f"run folder: {out}")
     say(f"plan: {foretell(config, source, names)}", flush=True)
+    if not sys.stderr.isatty():  # no bars, and the first epoch may take a while
+        say(f"a line after each epoch; steps go to {out / 'steps.jsonl'}", flush=True)
     resume = "auto" if args.resume_if_any else args.resume
     options = dict(save_minutes=args.save_minutes, keep=args.keep, profile=args.profile)
     try:

@@ -211,7 +211,12 @@ def steps_of_a_cell(
     )
 
 # %% ../nbs/90_plots.ipynb #176135f6
-def explorable(name: str, draw: Callable[..., Figure], **start: float):
+def explorable(
+    name: str,  # a scene of `assets/rotvq.js`
+    draw: Callable[..., Figure],  # makes the picture from the numbers `start`
+    alt: str,  # what the picture shows, for those who do not see it
+    **start: float,
+) -> None:
     """`draw(**start)` with sliders in a live notebook. Where no one can move them (the
     site, the tests, `make notebooks`) the picture, which the script of the site
     replaces by its scene `name`."""
@@ -230,17 +235,18 @@ def explorable(name: str, draw: Callable[..., Figure], **start: float):
             display(figure)
             plt.close(figure)
 
-        return display(interactive(show, **sliders))
+        display(interactive(show, **sliders))
+        return
     picture = io.BytesIO()
     figure = draw(**start)
     figure.savefig(picture, format="png")
     plt.close(figure)
     source = base64.b64encode(picture.getvalue()).decode()
     state = escape(json.dumps(start), quote=True)
-    return display(
+    display(
         HTML(
             f'<div class="rotvq-explorable" data-scene="{name}" data-start="{state}">'
-            f'<img alt="Still picture of the figure {name}" '
+            f'<img alt="{escape(alt, quote=True)}" '
             f'src="data:image/png;base64,{source}"></div>\n'
             '<script src="assets/rotvq.js"></script>'
         )

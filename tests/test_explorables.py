@@ -122,6 +122,7 @@ def test_figures_move_by_keyboard_and_pointer(tmp_path, chapter):
         out.names.push({name, before, keyed, unheld, held: element.rotvq.state[name].map((x, i) => x + foot[i]), role: handle.getAttribute("role"),
           label: handle.getAttribute("aria-label"), value: handle.getAttribute("aria-valuetext"), focus: document.activeElement === handle});
       }
+      out.low = rotvq.scenes[element.dataset.scene].low ?? -2.2;
       out.later = element.querySelector(".rotvq-says").textContent;
       out.means = element.rotvq.drawn.means; out.loss = element.rotvq.drawn.loss; out.points = rotvq.points;
       const kept = structuredClone(element.rotvq.state), drawn = element.rotvq.drawn;
@@ -137,7 +138,7 @@ def test_figures_move_by_keyboard_and_pointer(tmp_path, chapter):
         assert before == [answer["start"][name + "1"], answer["start"][name + "2"]]
         assert_close(torch.tensor(point["keyed"]), torch.tensor([before[0] + .05, before[1] + .25]))
         assert point["unheld"] == point["keyed"], "moves without being held"
-        assert_close(torch.tensor(point["held"]), torch.tensor([.2 * 2.2, .4 * 2.2]), atol=.02, rtol=0)
+        assert_close(torch.tensor(point["held"]), torch.tensor([.2 * 2.2, 2.2 - .3 * (2.2 - answer["low"])]), atol=.02, rtol=0)
         assert point["role"] == "slider" and point["label"] and point["value"] and point["focus"]
     state = {k: torch.tensor(v, dtype=torch.float64) for k, v in answer["state"].items()}
     if "g" in state:                                                       # what is drawn is what the package computes

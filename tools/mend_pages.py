@@ -3,11 +3,15 @@
 Quarto adds require.js and jQuery from an outside host to pages with HTML outputs, and a line that needs them; inline scripts of such
 outputs run without. Pandoc writes the double bar of a norm as the relation "parallel to", which browsers set with spaces, and a hat
 that they stretch over the letter. Outputs that are wider than the page scroll, which a keyboard must reach. nbdev links names of the
-package to the published site, where they stood in chapters; here they lead to the reference, beside the page. Quarto starts this script
-with the rendered files in QUARTO_PROJECT_OUTPUT_FILES, one a line.
+package to the published site, where they stood in chapters; here they lead to the reference, beside the page. A link to a work of
+references.bib, which in JupyterLab is just that, becomes a citation: Quarto's script shows the entry over it, and the page lists it at
+its end. Pages of notebooks offer the notebook, here and in Colab. Quarto starts this script with the rendered files in
+QUARTO_PROJECT_OUTPUT_FILES, one a line.
 """
 import os
 import re
+import shutil
+from html import unescape
 from pathlib import Path
 
 OUTSIDE = re.compile(
@@ -47,11 +51,55 @@ def mend(html: str) -> str:
     return OUTSIDE.sub("", html)
 
 
+def works(literature: str) -> dict[str, tuple[str, str]]:
+    "Key and entry of each address in the list of references of the rendered page on literature."
+    entries = re.findall(r'(<div id="ref-(\w+)" class="csl-entry".*?</div>)', literature, re.DOTALL)
+    return {unescape(address): (key, entry) for entry, key in entries for address in re.findall(r'href="([^"]+)"', entry)}
+
+
+def cite(html: str, known: dict[str, tuple[str, str]]) -> str:
+    "`html` with the links of its main part to known works as citations, and a list of them."
+    cited, (head, main, foot) = {}, re.split(r"(<main.*?(?=</main>))", html, maxsplit=1, flags=re.DOTALL)
+
+    def citation(link: re.Match) -> str:
+        if link[1] not in known: return link[0]
+        key, cited[key] = known[link[1]]
+        return f'<span class="citation" data-cites="{key}"><a role="doc-biblioref"{link[0][2:]}</span>'
+
+    main = re.sub(r'<a href="(https?://[^"]+)"[^>]*>.*?</a>', citation, main, flags=re.DOTALL)
+    entries = "\n".join(cited[key] for key in sorted(cited))
+    references = f"""<section class="quarto-appendix-contents" role="doc-bibliography" aria-label="References">
+<h2>References</h2><div id="refs" class="references csl-bib-body hanging-indent" role="list">
+{entries}
+</div></section>
+"""
+    return f"{head}{main}{references}{foot}" if cited else html
+
+
+def offer(html: str, notebook: str) -> str:
+    "`html` with a link to the notebook, which lies beside the page, and one that opens it in Colab."
+    colab = f"https://colab.research.google.com/github/rotvq/rotvq/blob/main/nbs/{notebook}"
+    items = (f'<li><a href="{colab}" class="toc-action"><i class="bi bi-play-circle"></i>Open in Colab</a></li>'
+             f'<li><a href="{notebook}" download class="toc-action"><i class="bi bi-download"></i>Download notebook</a></li>')
+    return re.sub(r'(<div class="toc-actions[^>]*><ul>)', rf"\1{items}", html)
+
+
 if __name__ == "__main__":
-    for name in os.environ.get("QUARTO_PROJECT_OUTPUT_FILES", "").splitlines():
-        page = Path(name)
+    pages = [Path(name) for name in os.environ.get("QUARTO_PROJECT_OUTPUT_FILES", "").splitlines()]
+    # nbdev drops the number of a notebook from the name of its page
+    notebooks = {re.sub(r"^\d+_", "", file.stem): file for file in (ROOT / "nbs").glob("*.ipynb")}
+    known = {}
+    for page in pages:
+        if page.name == "literature.html": known = works(page.read_text(encoding="utf-8"))
+    for page in pages:
         if page.suffix == ".html":
             before = page.read_text(encoding="utf-8")
             after = mend(before)
+            if page.parent.name != "reference" and page.stem in notebooks:
+                notebook = notebooks[page.stem]
+                after = offer(cite(after, known), notebook.name)
+                shutil.copy(notebook, page.parent)
+            elif page.name != "literature.html":
+                after = cite(after, known)
             if after != before:
                 page.write_text(after, encoding="utf-8")

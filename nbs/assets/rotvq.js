@@ -67,9 +67,10 @@
   const degrees = (x) => (Number.isNaN(x) ? "none" : Math.round(x) + "°");
   const away = (x) => (Math.abs(x) < 1e-9 ? "keeps its distance" : x > 0 ? "comes closer" : "goes away");
 
-  /* A scene: which points can be dragged (name, the point it hangs on, label), and what they draw and say. */
+  /* A scene: which points can be dragged (name, the point it hangs on, label), what they draw and say, and the lower edge of its window. */
   function gradientScene(estimators) {
     return {
+      low: -1.1,
       points: { z: { label: "z" }, q: { label: "q" }, g: { label: "g", on: "q" } },
       draw(p, paint) {
         paint.arrow([0, 0], p.z, "#7f7f7f", "z");
@@ -89,7 +90,7 @@
   const scenes = {
     rotation: gradientScene(["ste", "rotation", "reflection"]),
     mirror: {
-      points: gradientScene([]).points,
+      ...gradientScene([]),
       draw(p, paint) {
         const drawn = gradientScene(["rotation", "reflection"]).draw(p, paint);
         const way = add(unit(p.q), unit(p.z), -1);
@@ -99,6 +100,7 @@
       },
     },
     origin: {
+      low: -1.1,
       points: { o: { label: "origin" }, z: { label: "z" }, q: { label: "q" }, g: { label: "g", on: "q" } },
       draw(p, paint) {
         const z = add(p.z, p.o, -1), q = add(p.q, p.o, -1), grads = {};
@@ -198,15 +200,16 @@
     const start = JSON.parse(element.dataset.start), state = {}, handles = {};
     for (const name in scene.points) state[name] = [start[name + "1"], start[name + "2"]];
     element.textContent = "";
+    const low = scene.low ?? -LIMIT, height = (SIZE * (LIMIT - low)) / (2 * LIMIT);
     const bar = document.createElement("div"), again = document.createElement("button");
     bar.className = "rotvq-bar";
     bar.append("Drag the circles, or focus one and use the arrow keys.", again);
     again.type = "button";
     again.textContent = "Reset";
     element.appendChild(bar);
-    const svg = make("svg", { viewBox: `0 0 ${SIZE} ${SIZE}`, role: "group", "aria-label": "Figure with points to move: drag them, or focus one and use the arrow keys" }, element);
-    make("rect", { width: SIZE, height: SIZE, fill: "#fff" }, svg);
-    make("path", { d: `M0,${SIZE / 2}H${SIZE}M${SIZE / 2},0V${SIZE}`, stroke: "#eee" }, svg);
+    const svg = make("svg", { viewBox: `0 0 ${SIZE} ${height}`, role: "group", "aria-label": "Figure with points to move: drag them, or focus one and use the arrow keys" }, element);
+    make("rect", { width: SIZE, height, fill: "#fff" }, svg);
+    make("path", { d: `M0,${SIZE / 2}H${SIZE}M${SIZE / 2},0V${height}`, stroke: "#eee" }, svg);
     const layer = make("g", {}, svg), paint = painter(layer);
     const says = document.createElement("div");
     says.className = "rotvq-says";
@@ -235,8 +238,8 @@
     function move(name, to) {
       const hung = Object.keys(scene.points).filter((other) => scene.points[other].on === name);
       const bounded = to.map((x, i) => {
-        const reach = [0, ...hung.map((other) => state[other][i])], edge = LIMIT - 0.1;
-        return Math.max(-edge - Math.min(...reach), Math.min(edge - Math.max(...reach), x));
+        const reach = [0, ...hung.map((other) => state[other][i])], edge = LIMIT - 0.1, least = (i ? low : -LIMIT) + 0.1;
+        return Math.max(least - Math.min(...reach), Math.min(edge - Math.max(...reach), x));
       });
       state[name] = add(bounded, foot(name), -1);
       update();
@@ -257,7 +260,7 @@
       handle.addEventListener("pointermove", (event) => {
         if (!handle.hasPointerCapture(event.pointerId)) return;
         const box = svg.getBoundingClientRect();
-        move(name, [((event.clientX - box.left) / box.width) * 2 * LIMIT - LIMIT, LIMIT - ((event.clientY - box.top) / box.height) * 2 * LIMIT]);
+        move(name, [((event.clientX - box.left) / box.width) * 2 * LIMIT - LIMIT, LIMIT - ((event.clientY - box.top) / box.height) * (LIMIT - low)]);
       });
       handle.addEventListener("keydown", (event) => {
         const way = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] }[event.key];
