@@ -58,7 +58,10 @@ class Table:
     __repr__ = __str__
 
     def _repr_markdown_(self) -> str:
-        rule = [":--"] + ["--:"] * (len(self.lines[0]) - 1)
+        # where a table fills the page, its columns are as wide as their dashes say
+        words = [[*head.split(), *cells] for head, *cells in zip(*self.lines)]
+        first, *others = ("-" * max(2, *map(len, column)) for column in words)
+        rule = [":" + first, *(dashes + ":" for dashes in others)]
         lines = self.lines[:1] + [rule] + self.lines[1:]
         escaped = ([cell.replace("|", "\\|") for cell in line] for line in lines)
         return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
