@@ -7,12 +7,13 @@ OLDEST := .venv-oldest
 PIP_FLAGS := --disable-pip-version-check -q --config-settings editable_mode=compat
 PACKAGE := settings.ini setup.py pyproject.toml
 
-.PHONY: help train test test-integrations test-oldest gpu-check full lab docs quarto export notebooks dist release-check clean
+.PHONY: help train test test-site test-integrations test-oldest gpu-check full lab docs quarto export notebooks dist release-check clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train              train straight-through and rotation side by side on ImageNet-10, print the table"
 	@echo "make test               all notebooks and tests"
+	@echo "make test-site          the rendered site, page by page, in Chromium (needs Quarto)"
 	@echo "make test-integrations  ONNX, Lightning, accelerate, diffusers, transformers (installs them into .venv)"
 	@echo "make test-oldest        the tests of the package with the oldest versions that settings.ini allows"
 	@echo "make gpu-check          on a machine with a GPU: tests, kernels, benchmarks, 200 steps of the preset cuda, into gpu-check.json"
@@ -69,12 +70,15 @@ test: $(VENV)/dev-ready
 	echo "==> executing the notebooks (pictures: $$ROTVQ_DATA)"; OMP_NUM_THREADS=1 nbdev_test --n_workers 2 --do_print --timing; \
 	echo "==> pytest"; python -m pytest
 
+test-site: quarto $(VENV)/dev-ready
+	@PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest tests/test_site.py
+
 test-integrations: $(VENV)/integrations-ready
 	@$(BIN)/python -m pytest tests/integrations
 
 # Without the tests of the project itself, which need nbdev.
 test-oldest: $(OLDEST)/ready
-	@PATH="$(CURDIR)/$(OLDEST)/bin:$$PATH" python -m pytest $(foreach t,project claims mutations explorables playground compatibility,--ignore tests/test_$(t).py)
+	@PATH="$(CURDIR)/$(OLDEST)/bin:$$PATH" python -m pytest $(foreach t,project claims mutations explorables playground compatibility site jupyterlab,--ignore tests/test_$(t).py)
 
 gpu-check: $(VENV)/dev-ready
 	@$(BIN)/python benchmarks/gpu_check.py

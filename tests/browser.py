@@ -13,20 +13,22 @@ def chromium(**context):
     from playwright.sync_api import sync_playwright
     with sync_playwright() as tools:
         browser = tools.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield browser.new_context(**context).new_page()
-        browser.close()
+        try: yield browser.new_context(**context).new_page()
+        finally: browser.close()
 
 
 @contextlib.contextmanager
 def served(folder: Path, prefix: str = "/"):
     "The address under which `folder` is served on this machine."
     class Handler(http.server.SimpleHTTPRequestHandler):
-        def translate_path(self, path): return super().translate_path("/" + path.removeprefix(prefix))
+        def translate_path(self, path): return super().translate_path("/" + path.removeprefix(prefix) if path.startswith(prefix) else "/nowhere")
         def log_message(self, *args): pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), lambda *args: Handler(*args, directory=str(folder)))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}{prefix}"
-    server.shutdown()
-    thread.join()
+    try: yield f"http://127.0.0.1:{server.server_address[1]}{prefix}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

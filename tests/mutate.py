@@ -20,11 +20,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def chapter_of(check: str) -> tuple[str, list[str]]:
-    "Name and code cells of the notebook with the check, up to it."
+    "Name and code cells of the notebook with the check, up to it, but for the first, which installs the package where it is missing."
     for file in sorted((ROOT / "nbs").glob("*.ipynb")):
         cells = ["".join(c["source"]) for c in json.loads(file.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
         for k, source in enumerate(cells):
-            if re.search(rf"^#\| label: {check}$", source, re.MULTILINE): return file.name, cells[:k + 1]
+            if re.search(rf"^#\| label: {check}$", source, re.MULTILINE): return file.name, cells[1:k + 1]
     raise LookupError(check)
 
 

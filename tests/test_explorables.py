@@ -18,7 +18,7 @@ from rotvq.codebook import code_sums
 NBS = Path(__file__).resolve().parent.parent / "nbs"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 TRICKS = {"ste": straight_through, "rotation": rotation_trick, "reflection": reflection_trick}
-CHAPTERS = {"01_vqvae": "means", "02_ste": "lookup", "03_householder": "mirrors", "04_rotation": "rotation", "05_reflection": "mirror", "06_scaling": "origin"}
+CHAPTERS = {"index": "rotation", "01_vqvae": "means", "02_ste": "lookup", "03_householder": "mirrors", "04_rotation": "rotation", "05_reflection": "mirror", "06_scaling": "origin"}
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome on PATH")
 
 
@@ -56,6 +56,11 @@ def test_each_chapter_has_its_figure():
         html, = figures(chapter)
         assert f'data-scene="{scene}"' in html and '<script src="assets/rotvq.js">' in html
         assert 'src="data:image/png;base64,' in html, "no still picture for readers without scripts"
+        if said := re.search(r"(\d+) degrees apart", html):                # the text that stands for the picture
+            start = json.loads(unescape(re.search(r'data-start="([^"]*)"', html)[1]))
+            one, other = ("a", "b") if scene == "mirrors" else ("z", "q")
+            turn = math.atan2(start[other + "2"], start[other + "1"]) - math.atan2(start[one + "2"], start[one + "1"])
+            assert abs(math.degrees(turn) - int(said[1])) < 1, chapter
     script = (NBS / "assets" / "rotvq.js").read_text(encoding="utf-8")
     assert not re.search(r"(src|href|fetch|import)\W*[\"'`]?https?:", script.replace('"http://www.w3.org/2000/svg"', "")), "asks another host"
 
@@ -101,6 +106,8 @@ def test_figures_move_by_keyboard_and_pointer(tmp_path, chapter):
       out.picture_left = !!element.querySelector("img");
       out.start = JSON.parse(element.dataset.start);
       out.said = element.querySelector(".rotvq-says").textContent;
+      const [, , right, bottom] = element.querySelector("svg").getAttribute("viewBox").split(" ").map(Number);
+      out.outside = [...element.querySelectorAll("svg polygon")].flatMap((shape) => [...shape.points]).filter((p) => p.x < -1 || p.y < -1 || p.x > right + 1 || p.y > bottom + 1).length;
       for (const handle of element.querySelectorAll(".rotvq-handle")) {
         const name = Object.keys(rotvq.scenes[element.dataset.scene].points)[out.names.length];
         const before = [...element.rotvq.state[name]];
@@ -132,6 +139,7 @@ def test_figures_move_by_keyboard_and_pointer(tmp_path, chapter):
       out.state = kept; out.grads = element.rotvq.drawn.grads || {};
       return out;""", html)
     for name, place in answer["reset"].items(): assert place == [answer["start"][name + "1"], answer["start"][name + "2"]]
+    assert answer["outside"] == 0, "an arrow leaves the figure"
     assert not answer["picture_left"] and answer["said"] and answer["later"] != answer["said"]
     for point in answer["names"]:
         name, before = point["name"], point["before"]

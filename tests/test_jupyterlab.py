@@ -1,4 +1,5 @@
 """A chapter in JupyterLab, in a window as large as a laptop's: it runs top to bottom, its widgets move, nothing is too wide."""
+import contextlib
 import json
 import os
 import shutil
@@ -42,10 +43,12 @@ def lab(tmp_path):
                 urllib.request.urlopen(address + "api", timeout=5)
                 break
             except OSError: time.sleep(0.5)
+        else: raise TimeoutError((tmp_path / "log").read_text())
         yield address, tmp_path / "nbs"
     finally:
         server.terminate()
-        server.wait(60)
+        try: server.wait(60)
+        except subprocess.TimeoutExpired: server.kill()
         log.close()
 
 
@@ -69,7 +72,9 @@ def test_a_chapter_runs_in_jupyterlab(lab):
         for _ in range(90):                                                  # what is in sight does not tell: solutions are folded
             page.wait_for_timeout(2000)
             page.keyboard.press("Control+s")
-            if all(cell["execution_count"] for cell in code_of(folder / name)): break
+            with contextlib.suppress(json.JSONDecodeError):                  # half saved
+                if all(cell["execution_count"] for cell in code_of(folder / name)): break
+        else: raise TimeoutError("not all cells have run")
         slider = page.locator(".widget-slider [role=slider]").first          # under the first figure to play with
         picture = page.locator(".jp-OutputArea-output:has(.widget-slider) img").first
         before = picture.get_attribute("src")

@@ -112,14 +112,18 @@ def test_notebooks_begin_alike():
     assert len(begins) == 1
 
 
+def works() -> dict[str, str]:
+    "Key and address of each work of the bibliography."
+    return dict(re.findall(r"@\w+\{(\w+),.*?url = \{([^}]+)\}", (ROOT / "nbs" / "references.bib").read_text(encoding="utf-8"), re.DOTALL))
+
+
 def test_works_resolve():
     "Each link to a paper or an article leads to a work of the bibliography, and each of those is on the page of the literature."
-    works = dict(re.findall(r"@\w+\{(\w+),.*?url = \{([^}]+)\}", (ROOT / "nbs" / "references.bib").read_text(encoding="utf-8"), re.DOTALL))
     page = (ROOT / "nbs" / "literature.qmd").read_text(encoding="utf-8")
-    assert set(works) == set(re.findall(r"@(\w+)(?=[, ])", page.split("## To cite")[0]))
+    assert set(works()) == set(re.findall(r"@(\w+)(?=[, ])", page.split("## To cite")[0]))
     for file in [*NOTEBOOKS, *(ROOT / "nbs").glob("*.qmd")]:
         text = "\n".join("".join(c["source"]) for c in cells(file) if c["cell_type"] == "markdown") if file.suffix == ".ipynb" else file.read_text(encoding="utf-8")
-        for address in re.findall(r"\]\((https?://(?:arxiv|doi|dl\.acm|kexue)[^)]*)\)", text): assert address in works.values(), f"{file.name}: {address}"
+        for address in re.findall(r"\]\((https?://(?:arxiv|doi|dl\.acm|kexue)[^)]*)\)", text): assert address in works().values(), f"{file.name}: {address}"
 
 
 def test_no_notebook_replaces_an_operator_of_the_package():

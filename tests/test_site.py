@@ -8,7 +8,7 @@ from urllib.parse import unquote, urlparse
 import pytest
 from browser import chromium, served
 from test_explorables import BROWSER
-from test_project import NOTEBOOKS, ROOT, copy, nbdev  # noqa: F401
+from test_project import NOTEBOOKS, ROOT, cells, copy, nbdev, works  # noqa: F401
 
 pytestmark = pytest.mark.skipif(shutil.which("quarto") is None, reason="quarto is not on PATH")
 PREFIX = "/rotvq/"                                                        # of the published site
@@ -59,6 +59,7 @@ def test_links_and_anchors_lead_somewhere(site):
             parts = urlparse(target)
             if parts.scheme or parts.netloc or target.startswith("data:"): continue
             path = unquote(parts.path)
+            assert not path.startswith("/") or path.startswith(PREFIX), f"{page.name}: {target} leaves the site"
             file = page if not path else site / path.removeprefix(PREFIX) if path.startswith("/") else (page.parent / path)
             file = (file / "index.html" if file.is_dir() else file).resolve()
             assert file.exists(), f"{page.name}: {target}"
@@ -80,11 +81,15 @@ def test_pictures_say_what_they_show(site):
 
 
 def test_works_are_cited(site):
-    "A link to a work of the list is a citation, with its entry at the end of the page."
+    "Links of a notebook to works of the list are citations, with their entries at the end of the page."
+    known, count = works(), 0
     for notebook in NOTEBOOKS:
-        text = (site / (re.sub(r"^\d+_", "", notebook.stem) + ".html")).read_text(encoding="utf-8")
-        assert set(re.findall(r'data-cites="(\w+)"', text)) == set(re.findall(r'id="ref-(\w+)"', text)), notebook.name
-    assert 'data-cites="fifty2025"' in (site / "rotation.html").read_text(encoding="utf-8")
+        text = "\n".join("".join(c["source"]) for c in cells(notebook) if c["cell_type"] == "markdown")
+        expected = {key for key, address in known.items() if f"]({address})" in text}
+        page = (site / (re.sub(r"^\d+_", "", notebook.stem) + ".html")).read_text(encoding="utf-8")
+        assert set(re.findall(r'data-cites="(\w+)"', page)) == set(re.findall(r'id="ref-(\w+)"', page)) == expected, notebook.name
+        count += len(expected)
+    assert count > 15
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -11,6 +11,7 @@ QUARTO_PROJECT_OUTPUT_FILES, one a line.
 import os
 import re
 import shutil
+from configparser import ConfigParser
 from html import unescape
 from pathlib import Path
 
@@ -25,6 +26,9 @@ WORDS = {
     "<pre><code>": '<pre tabindex="0"><code>',
 }
 ROOT = Path(__file__).resolve().parent.parent
+config = ConfigParser(delimiters=["="])
+config.read(ROOT / "settings.ini", encoding="utf-8")
+REPOSITORY = "github/{user}/{repo}/blob/{branch}".format(**config["DEFAULT"])
 # what nbdev knows of each name: page and anchor, and the file that holds it
 PLACES = dict(re.findall(r"\('([\w.]+#[\w.]+)',\s+'rotvq/(\w+)\.py'\)", (ROOT / "rotvq" / "_modidx.py").read_text(encoding="utf-8")))
 
@@ -59,11 +63,12 @@ def works(literature: str) -> dict[str, tuple[str, str]]:
 
 def cite(html: str, known: dict[str, tuple[str, str]]) -> str:
     "`html` with the links of its main part to known works as citations, and a list of them."
-    cited, (head, main, foot) = {}, re.split(r"(<main.*?(?=</main>))", html, maxsplit=1, flags=re.DOTALL)
+    cited, (head, *rest) = {}, re.split(r"(?=<main)|(?=</main>)", html, maxsplit=2)
+    main, foot = rest or ("", "")
 
     def citation(link: re.Match) -> str:
-        if link[1] not in known: return link[0]
-        key, cited[key] = known[link[1]]
+        if unescape(link[1]) not in known: return link[0]
+        key, cited[key] = known[unescape(link[1])]
         return f'<span class="citation" data-cites="{key}"><a role="doc-biblioref"{link[0][2:]}</span>'
 
     main = re.sub(r'<a href="(https?://[^"]+)"[^>]*>.*?</a>', citation, main, flags=re.DOTALL)
@@ -78,7 +83,7 @@ def cite(html: str, known: dict[str, tuple[str, str]]) -> str:
 
 def offer(html: str, notebook: str) -> str:
     "`html` with a link to the notebook, which lies beside the page, and one that opens it in Colab."
-    colab = f"https://colab.research.google.com/github/rotvq/rotvq/blob/main/nbs/{notebook}"
+    colab = f"https://colab.research.google.com/{REPOSITORY}/nbs/{notebook}"
     items = (f'<li><a href="{colab}" class="toc-action"><i class="bi bi-play-circle"></i>Open in Colab</a></li>'
              f'<li><a href="{notebook}" download class="toc-action"><i class="bi bi-download"></i>Download notebook</a></li>')
     return re.sub(r'(<div class="toc-actions[^>]*><ul>)', rf"\1{items}", html)
@@ -88,9 +93,9 @@ if __name__ == "__main__":
     pages = [Path(name) for name in os.environ.get("QUARTO_PROJECT_OUTPUT_FILES", "").splitlines()]
     # nbdev drops the number of a notebook from the name of its page
     notebooks = {re.sub(r"^\d+_", "", file.stem): file for file in (ROOT / "nbs").glob("*.ipynb")}
-    known = {}
-    for page in pages:
-        if page.name == "literature.html": known = works(page.read_text(encoding="utf-8"))
+    # also where a single page is rendered, beside the others of an earlier time
+    literature = next((page.parent / "literature.html" for page in pages if (page.parent / "literature.html").exists()), None)
+    known = works(literature.read_text(encoding="utf-8")) if literature else {}
     for page in pages:
         if page.suffix == ".html":
             before = page.read_text(encoding="utf-8")

@@ -233,12 +233,12 @@
     const label = element("label", controls, {}, "length ");
     const own = element("select", label, { "aria-label": "length of the gradient" });
     for (const [key, text] of [["lambda", "λ, as published"], ["own", "γ, chosen"]]) element("option", own, { value: key }, text);
-    const gamma = element("input", controls, { type: "range", min: 0.1, max: 2, step: 0.05, value: 1, "aria-label": "γ" });
+    const gamma = element("input", element("label", controls, {}, "γ "), { type: "range", min: 0.1, max: 2, step: 0.05, value: 1 });
     const shown = element("output", controls);
     const set = () => {
       gamma.disabled = own.value === "lambda";
       chosen.gamma = gamma.disabled ? null : Number(gamma.value);
-      shown.textContent = gamma.disabled ? "" : `γ = ${chosen.gamma.toFixed(2)}`;
+      shown.textContent = gamma.disabled ? "" : chosen.gamma.toFixed(2);
       draw();
     };
     own.addEventListener("change", set);

@@ -64,6 +64,7 @@
     [0.5, -1.5], [0.6, -1.7], [-0.3, -1.2], [-0.2, -1.4], [0.3, -0.9], [0.1, -1.3], [0.6, -1], [0, -0.7], [-0.2, -1.1]];
   const PALETTE = ["#009E73", "#D55E00", "#56B4E9"];
   const ratio = (q, z) => (norm(z) > 0 && norm(q) > 0 ? norm(q) / norm(z) : 1);
+  const signed = (x) => x.toFixed(2).replace("-", "−");
   const degrees = (x) => (Number.isNaN(x) ? "none" : Math.round(x) + "°");
   const away = (x) => (Math.abs(x) < 1e-9 ? "keeps its distance" : x > 0 ? "comes closer" : "goes away");
 
@@ -128,7 +129,7 @@
       },
     },
     means: {
-      points: { a: { label: "first code" }, b: { label: "second code" }, c: { label: "third code" } },
+      points: { a: { label: "code 0" }, b: { label: "code 1" }, c: { label: "code 2" } },
       draw(p, paint) {
         const codes = [p.a, p.b, p.c], of = POINTS.map((point) => nearest(point, codes)), means = [];
         codes.forEach((c, k) => paint.polygon(cell(k, codes, LIMIT), "none"));
@@ -139,8 +140,9 @@
           paint.arrow(c, add(means[k], c, -1), "#000");
         });
         const loss = POINTS.reduce((sum, point, i) => sum + norm(add(point, codes[of[i]], -1)) ** 2, 0) / POINTS.length;
+        const counts = codes.map((c, k) => of.filter((i) => i === k).length);
         return { means, loss, lines: [`mean squared distance of the points from their codes: ${loss.toFixed(3)}`,
-          `points of each code: ${codes.map((c, k) => of.filter((i) => i === k).length).join(", ")}`] };
+          ...counts.map((count, k) => [`code ${k}: ${count} points`, PALETTE[k]])] };
       },
     },
     lookup: {
@@ -152,8 +154,8 @@
         paint.arrow(p.z, scale(g, -0.4), COLORS.ste);
         paint.name(p.z, "z");
         paint.name(p.t, "t");
-        return { grads: { ste: g }, code: k, lines: [`code number ${k + 1} of ${CODES.length}; loss ½‖q − t‖² = ${(dot(g, g) / 2).toFixed(2)}`,
-          "true gradient at z: 0", [`straight-through gradient: (${g[0].toFixed(2)}, ${g[1].toFixed(2)})`, COLORS.ste]] };
+        return { grads: { ste: g }, code: k, lines: [`code ${k}; loss ½‖q − t‖² = ${(dot(g, g) / 2).toFixed(2)}`,
+          "true gradient at z: 0", [`straight-through gradient: (${signed(g[0])}, ${signed(g[1])})`, COLORS.ste]] };
       },
     },
   };
