@@ -228,6 +228,21 @@ def test_pages_are_mended():
         '<mover><mi>q</mi><mo accent="true" stretchy="false">^</mo></mover><mo form="prefix">‖</mo>')
 
 
+def test_links_to_works_become_citations():
+    sys.path.insert(0, str(ROOT / "tools"))
+    from mend_pages import cite, offer, works
+    entry = '<div id="ref-a2020" class="csl-entry" role="listitem">\nA. 2020. <a href="https://example.org/?x=1&amp;y">here</a>.\n</div>'
+    known = works(f'<div id="refs">{entry}<div id="ref-b" class="csl-entry">B.</div></div>')
+    assert known == {"https://example.org/?x=1&y": ("a2020", entry)}
+    link, other = '<a href="https://example.org/?x=1&amp;y">A, 2020</a>', '<a href="https://example.org/z">z</a>'
+    page = cite(f"{link}<main>{link} {other}</main>{link}", known)
+    cited = f'<span class="citation" data-cites="a2020">{link.replace("<a", "<a role=" + chr(34) + "doc-biblioref" + chr(34))}</span>'
+    assert page.startswith(f"{link}<main>{cited} {other}<section") and page.count(entry) == 1 and page.endswith(f"</section>\n</main>{link}")
+    for page in (f"<main>{other}</main>", link): assert cite(page, known) == page
+    page = offer('<div class="toc-actions"><ul><li>edit</li></ul></div>', "01_a.ipynb")
+    assert 'href="01_a.ipynb" download' in page and "/github/rotvq/rotvq/blob/main/nbs/01_a.ipynb" in page and page.endswith("<li>edit</li></ul></div>")
+
+
 def test_names_lead_to_the_reference():
     sys.path.insert(0, str(ROOT / "tools"))
     import reference
