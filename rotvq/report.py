@@ -43,10 +43,12 @@ after five epochs already. Figures: nbs/17_run.ipynb."""
 # %% ../nbs/89_report.ipynb #d52d8235
 class Table:
     """A head and rows of cells: aligned text where it is printed, a table in a notebook
-    and on a page. The first column is text, the others are numbers."""
+    and on a page. The first column stands to the left, the others to the right."""
 
     def __init__(self, head: Sequence[str], rows: Iterable[Sequence]):
         self.lines = [[str(cell) for cell in line] for line in (head, *rows)]
+        if wrong := [line for line in self.lines if len(line) != len(head)]:
+            raise ValueError(f"{len(head)} columns, but a row is {wrong[0]}.")
 
     def __str__(self) -> str:
         widths = [max(map(len, column)) for column in zip(*self.lines)]

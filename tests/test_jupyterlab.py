@@ -48,7 +48,9 @@ def lab(tmp_path):
     finally:
         server.terminate()
         try: server.wait(60)
-        except subprocess.TimeoutExpired: server.kill()
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
         log.close()
 
 

@@ -258,4 +258,8 @@ def test_names_lead_to_the_reference():
     listed = re.findall(r"href: reference/(\S+)", (ROOT / "_quarto.yml").read_text(encoding="utf-8"))
     assert sorted(listed) == sorted(held)
     assert "(self, z: Tensor, mask: Tensor | None = None) -> Diagnosis" in held["quantizer.qmd"]
+    assert "    size: int = 64\n" in held["training.qmd"] and "    # side of the pictures, pixels\n" in held["training.qmd"] and "@dataclass(frozen=True)\nclass Config" in held["training.qmd"]
+    for name, text in held.items():
+        anchors = re.findall(r"\{#(\S+)\}", text)
+        assert len(anchors) == len(set(anchors)), name
     assert "    *,\n    estimator: str | Estimator" in held["quantizer.qmd"].replace("        ", "    ")

@@ -118,6 +118,8 @@ def test_nothing_is_wider_than_its_page(site):
             for file in pages(site):
                 page.goto(address + file.relative_to(site).as_posix())
                 wide = page.evaluate("document.documentElement.scrollWidth - innerWidth")
+                broken = page.evaluate("[...document.querySelectorAll('main table a')].filter((a) => getComputedStyle(a).wordBreak !== 'normal').length")
+                if broken: found.append(f"{file.name} at {width}: words of {broken} links in tables may break")
                 if wide > 0: found.append(f"{file.name} at {width}: {wide} px")
     assert not found, "\n".join(found)
 

@@ -95,7 +95,7 @@
       draw(p, paint) {
         const drawn = gradientScene(["rotation", "reflection"]).draw(p, paint);
         const way = add(unit(p.q), unit(p.z), -1);
-        drawn.lines.push(`with the step −g, in direction: q ${away(dot(p.g, way))}`);
+        drawn.lines.push(`with the step −g, measured along ẑ − q̂: q ${away(dot(p.g, way))}`);
         ["rotation", "reflection"].forEach((name) => drawn.lines.push([`z under ${NAMES[name]} ${away(-dot(drawn.grads[name], way))}`, COLORS[name]]));
         return drawn;
       },
