@@ -1,9 +1,12 @@
-"""The kernels of rotvq.kernels, compiled ahead of time for GPUs that need not be here: registers, shared memory, spills.
+"""The kernels of rotvq.kernels, compiled ahead of time for GPUs that need not be here: registers, shared memory, spills, and
+whether a multiplication was fused into an addition across lanes.
 
     python benchmarks/ahead_of_time.py
 
-Triton carries the compilers of NVIDIA and AMD. Writes nbs/results/kernels.json. Takes about two minutes.
+Triton carries the compilers of NVIDIA and AMD. Writes nbs/results/kernels.json. Takes about three minutes.
 """
+import hashlib
+import inspect
 import json
 import re
 import subprocess
@@ -22,10 +25,12 @@ BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGETS = {f"sm_{cc}": GPUTarget("cuda", cc, 32) for cc in (75, 80, 86, 89, 90, 100, 120)}
 TARGETS |= {arch: GPUTarget("hip", arch, 64) for arch in ("gfx90a", "gfx942")}
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
-JOBS = {f"pullback, d = {d}": ("pullback", d, torch.float32, False) for d in (4, 32, 100, 256, 1024, 4096, 8192)}
-JOBS |= {"pullback, d = 32, bfloat16": ("pullback", 32, torch.bfloat16, False), "pullback, d = 32, float64": ("pullback", 32, torch.float64, False), "pullback, d = 4096, float64": ("pullback", 4096, torch.float64, False),
-         "mirror and γ, d = 32, float16": ("pullback", 32, torch.float16, True)}
-JOBS |= {f"search, d = {d}": ("search", d, torch.float32, False) for d in (4, 20, 32)}
+# d up to 8, or no multiple of 16: a thread holds one column, so that nearly every addition of a sum is across lanes
+JOBS = {f"pullback, d = {d}": ("pullback", d, torch.float32, False) for d in (2, 3, 4, 8, 12, 32, 100, 256, 1024, 4096, 8192)}
+JOBS |= {f"pullback, d = {d}, {dtype}".replace("torch.", ""): ("pullback", d, dtype, False)
+         for d, dtype in ((4, torch.bfloat16), (32, torch.bfloat16), (4, torch.float64), (32, torch.float64), (4096, torch.float64))}
+JOBS |= {f"mirror and γ, d = {d}, float16": ("pullback", d, torch.float16, True) for d in (4, 32)}
+JOBS |= {f"search, d = {d}": ("search", d, torch.float32, False) for d in (4, 16, 32)}
 
 
 def source(kind: str, d: int, dtype: torch.dtype, mirror: bool, warp: int) -> tuple[ASTSource, dict]:
@@ -38,13 +43,53 @@ def source(kind: str, d: int, dtype: torch.dtype, mirror: bool, warp: int) -> tu
     else:
         kernel, const = kernels.search_kernel, kernels.search_options(d, warp)
         types = {"z": name, "codes": name, "offset": name, "out": "*i64", "n": number, "K": number, "d": number}
-    options = {key: const.pop(key) for key in ("num_warps", "num_stages") if key in const}
+    options = {key: const.pop(key) for key in ("num_warps", "num_stages", "enable_fp_fusion") if key in const}
     names = kernel.arg_names
     signature = {k: "constexpr" if k in const else types[k] for k in names}
     whole = lambda k: k != "n" and (k != "d" or d % 16 == 0)              # what a launch finds out; K is a multiple most of the time
     aligned = {(i,): [["tt.divisibility", 16]] for i, k in enumerate(names) if k not in const and whole(k)}
     constexprs = {(names.index(k),): v for k, v in const.items()}
     return ASTSource(kernel, signature=signature, constexprs=constexprs, attrs=aligned), options
+
+
+def stamp() -> str:
+    "Of the kernels' source and of how they are compiled: another one than in the file means that the file is old."
+    kinds = kernels.power_of_two, kernels.exponent, kernels.pullback_kernel, kernels.search_kernel
+    options = [source(*job, 32)[1] | {"grid": source(*job, 32)[0].constants} for job in JOBS.values()]
+    return hashlib.sha256(repr([[inspect.getsource(kernel.fn) for kernel in kinds], options]).encode()).hexdigest()[:12]
+
+
+EXCHANGES = re.compile("SHFL|v_mov_b32_dpp|ds_swizzle|ds_bpermute|ds_permute|v_permlane")   # a number from another lane
+NVIDIA = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*([^;]*);")
+AMD = re.compile(r"^\s+([a-z]\w+)\s+([^\n;/]*)", re.MULTILINE)
+
+
+def registers(operand: str) -> set[int]:
+    "R7, v7 or v[6:7]."
+    names = re.search(r"\bv\[(\d+):(\d+)\]", operand)
+    return set(range(int(names[1]), int(names[2]) + 1)) if names else {int(k) for k in re.findall(r"\b[Rv](\d+)\b", operand)}
+
+
+def fused_across_lanes(code: str) -> int:
+    """Fused multiply-adds whose addend an exchange between lanes has just written.
+
+    Such a lane adds its own product exactly and its partner's rounded, the partner the other way round: the lanes of a row go on
+    with different sums. Counted down the listing of the machine code, NVIDIA's or AMD's."""
+    nvidia = "/*0" in code
+    count, foreign = 0, set()
+    for name, operands in (NVIDIA if nvidia else AMD).findall(code):
+        parts = [part.strip() for part in re.split(r",(?![^\[]*\])", operands)]
+        written = registers(parts[1] if name.startswith("SHFL") and parts[0].startswith("P") else parts[0])
+        if name.startswith(("ST", "RED", "ATOM", "ISETP", "FSETP", "DSETP", "global_store", "ds_write", "s_", "v_cmp")): written = set()
+        double = name.startswith(("DADD", "DMUL", "DFMA"))
+        if nvidia: written |= {k + i for k in written for i in range(2 if double or ".64" in name else 4 if ".128" in name else 1)}
+        if re.match(r"[FDH]FMA|v_(pk_)?fma_", name): addend = registers(parts[3])
+        elif name.startswith("v_fmac_"): addend = set(written)
+        else: addend = set()
+        if double: addend |= {k + 1 for k in addend}
+        count += bool(addend & foreign)
+        foreign = foreign | written if EXCHANGES.match(name) else foreign - written
+    return count
 
 
 def of_cubin(cubin: bytes) -> dict:
@@ -55,21 +100,23 @@ def of_cubin(cubin: bytes) -> dict:
     number = lambda key: int(re.search(key + r":(\d+)", usage).group(1))
     operations = re.findall(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", code)
     return {"registers": number("REG"), "spills": number("STACK") + number("LOCAL"),
-            "float64": sum(name[:4] in ("DADD", "DMUL", "DFMA", "DSET") or name.startswith("DMNMX") for name in operations), "bytes": len(cubin)}
+            "float64": sum(name[:4] in ("DADD", "DMUL", "DFMA", "DSET") or name.startswith("DMNMX") for name in operations), "bytes": len(cubin),
+            "fused": fused_across_lanes(code)}
 
 
-def compiled(target: str, job: str) -> dict:
-    "One row of the table; spills in bytes of a thread, `float64` counts such instructions (NVIDIA only)."
+def compiled(target: str, job: str, **changed) -> dict:
+    """One row of the table; spills in bytes of a thread, `float64` counts such instructions (NVIDIA only), `fused` those of
+    `fused_across_lanes`. `changed`: other options of the compiler."""
     gpu = TARGETS[target]
     made, options = source(*JOBS[job], gpu.warp_size)
-    kernel = compile(made, target=gpu, options=options)
+    kernel = compile(made, target=gpu, options=options | changed)
     row = {"target": target, "kernel": job, "warps": options["num_warps"], "shared": kernel.metadata.shared}
     if gpu.backend == "cuda":
         row |= of_cubin(kernel.asm["cubin"])
         if "float64" in job: row["float64"] = None
         return row
     number = lambda key: int(re.search(key + r":?\s+(\d+)", kernel.asm["amdgcn"]).group(1))
-    return row | {"registers": number(r"\.vgpr_count"), "float64": None,
+    return row | {"registers": number(r"\.vgpr_count"), "float64": None, "fused": fused_across_lanes(kernel.asm["amdgcn"]),
                   "spills": number(r"\.vgpr_spill_count") + number(r"\.private_segment_fixed_size"), "bytes": len(kernel.asm["hsaco"])}
 
 
@@ -79,5 +126,5 @@ if __name__ == "__main__":
         for job in JOBS:
             rows.append(compiled(target, job))
             print(rows[-1], flush=True)
-    result = {"triton": triton.__version__, "torch": torch.__version__, "rows": rows}
+    result = {"triton": triton.__version__, "torch": torch.__version__, "stamp": stamp(), "rows": rows}
     (ROOT / "nbs" / "results" / "kernels.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -2,6 +2,7 @@
 import gc
 import json
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -22,6 +23,30 @@ def seconds(call: Callable, device: str) -> float:
     call()
     sync()
     return time.perf_counter() - start
+
+
+def on_device(call: Callable, device: str, rounds: int = 15) -> float:
+    "Median seconds of the device alone, by events; on a CPU those of the call."
+    for _ in range(3): call()
+    if device != "cuda": return statistics.median(seconds(call, device) for _ in range(rounds))
+    times = []
+    for _ in range(rounds):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record(), call(), end.record(), end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(times)
+
+
+def on_host(call: Callable, device: str, count: int = 200) -> float:
+    "Seconds until a call returns, many in a row: what the host spends on it, while the device keeps up."
+    sync = torch.cuda.synchronize if device == "cuda" else lambda: None
+    for _ in range(min(20, count)): call()
+    sync()
+    start = time.perf_counter()
+    for _ in range(count): call()
+    taken = (time.perf_counter() - start) / count
+    sync()
+    return taken
 
 
 def peak_bytes(call: Callable, device: str) -> int:
@@ -64,9 +89,14 @@ def machine(device: str) -> dict:
             "python": platform.python_version()}
 
 
+def named(machine: dict) -> str:
+    'Of results: "cpu", or the name of the GPU, as in "nvidia-h200".'
+    return "cpu" if machine["device"] == "cpu" else re.sub(r"[^a-z0-9]+", "-", machine["name"].lower()).strip("-")
+
+
 def save(result: dict, name: str, out: Path | None) -> None:
-    "Write `out`, or nbs/results/<name>_<device>.json and, from it, the page."
-    file = out or ROOT / "nbs" / "results" / f"{name}_{result['machine']['device']}.json"
+    "Write `out`, or nbs/results/<name>_<machine>.json and, from it, the page."
+    file = out or ROOT / "nbs" / "results" / f"{name}_{named(result['machine'])}.json"
     file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if out is None: page()
 

@@ -56,7 +56,7 @@ class Traffic(TorchDispatchMode):
 
 
 PULLBACK, BEST_CODE = torch.ops.rotvq.pullback.default, torch.ops.rotvq.best_code.default
-PROCESSORS = 132                                                          # of an H100
+PROCESSORS = 132                                                          # of an H100 or H200
 
 
 class Kernel:

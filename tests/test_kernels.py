@@ -24,20 +24,56 @@ def test_in_the_interpreter():
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 
-@needs_triton
-@pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
-def test_ahead_of_time_nothing_spills():
-    "The kernels most used, for every target; all of them are in the committed table."
+@pytest.fixture(scope="module")
+def ahead():
+    "benchmarks/ahead_of_time.py"
+    if kernels.triton is None or sys.platform != "linux": pytest.skip("Triton compiles on Linux")
     sys.path.insert(0, str(ROOT / "benchmarks"))
-    from ahead_of_time import JOBS, TARGETS, compiled
-    for target in TARGETS:
-        for job in ("pullback, d = 32", "pullback, d = 100", "mirror and γ, d = 32, float16", "search, d = 32"):
-            row = compiled(target, job)
-            assert row["spills"] == 0 and row["registers"] <= 255, row
+    import ahead_of_time
+    return ahead_of_time
+
+
+SHORT = [f"pullback, d = {d}" for d in (3, 4, 8, 12, 100)]                   # a column a lane
+
+
+def test_ahead_of_time_nothing_spills_or_is_fused_across_lanes(ahead):
+    "The kernels most used, for every target."
+    for target in ahead.TARGETS:
+        for job in ("pullback, d = 4", "pullback, d = 32", "pullback, d = 100", "mirror and γ, d = 32, float16", "search, d = 16"):
+            row = ahead.compiled(target, job)
+            assert row["spills"] == 0 and row["registers"] <= 255 and row["fused"] == 0, row
             if row["float64"] is not None: assert row["float64"] == 0, row
+
+
+def test_the_committed_table_is_of_these_kernels(ahead):
     held = json.loads((ROOT / "nbs" / "results" / "kernels.json").read_text(encoding="utf-8"))
-    assert {(row["target"], row["kernel"]) for row in held["rows"]} == {(target, job) for target in TARGETS for job in JOBS}
-    assert not any(row["spills"] for row in held["rows"])
+    assert held["stamp"] == ahead.stamp(), "run benchmarks/ahead_of_time.py"
+    assert {(row["target"], row["kernel"]) for row in held["rows"]} == {(target, job) for target in ahead.TARGETS for job in ahead.JOBS}
+    assert not any(row["spills"] or row["fused"] for row in held["rows"])
+    # every length, dtype and form that matters is among them
+    assert {job[1:] for job in ahead.JOBS.values() if job[0] == "pullback"} >= {(4, torch.bfloat16, False), (4, torch.float64, False), (4, torch.float16, True), *((d, torch.float32, False) for d in (2, 3, 4, 8, 12, 32, 100, 256, 1024))}
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_fusing_across_lanes_would_be_noticed(ahead, target):
+    "The same kernels with fusing allowed, as they were when an H200 refused them."
+    for job in (*SHORT, "pullback, d = 4, float64", "mirror and γ, d = 4, float16"):
+        assert ahead.compiled(target, job, enable_fp_fusion=True)["fused"] > 5, job
+    for job in SHORT: assert ahead.compiled(target, job)["fused"] == 0, job
+
+
+def test_what_counts_as_fused_across_lanes(ahead):
+    line = lambda text: f"        /*0010*/                   {text} ;\n"
+    shuffle, far = line("SHFL.BFLY PT, R7, R4, 0x2, 0x1f"), line("MOV R7, R9")
+    for listing, count in [(shuffle + line("FFMA R8, R4, R4, R7"), 1), (shuffle + line("FADD R8, R4, R7"), 0), (shuffle + line("FFMA R8, R7, R7, R4"), 0),
+                           (shuffle + far + line("FFMA R8, R4, R4, R7"), 0), (shuffle + line("FFMA.FTZ R8, R4, R4, -R7"), 1),
+                           (shuffle + line("SHFL.BFLY PT, R6, R5, 0x2, 0x1f") + line("DFMA R8, R4, R4, R6"), 1),
+                           (shuffle + line("@!P0 STG.E [R7.64], R8") + line("FFMA R8, R4, R4, R7"), 1)]:
+        assert ahead.fused_across_lanes(listing) == count, listing
+    dpp = "\tv_mov_b32_dpp v7, v4 quad_perm:[1,0,3,2] row_mask:0xf bank_mask:0xf\n"
+    for listing, count in [("\tv_fma_f32 v8, v4, v4, v7\n", 1), ("\tv_fmac_f32_e32 v7, v4, v4\n", 1), ("\tv_fmac_f32_e32 v8, v7, v4\n", 0),
+                           ("\tv_pk_fma_f32 v[8:9], v[4:5], v[4:5], v[6:7]\n", 1), ("\tv_add_f32_e32 v7, v4, v7\n\tv_fma_f32 v8, v4, v4, v7\n", 0)]:
+        assert ahead.fused_across_lanes(dpp + listing) == count, listing
 
 
 @pytest.fixture
@@ -109,7 +145,7 @@ def test_nothing_is_checked_while_a_graph_is_captured(monkeypatch, forget):
 
 
 def test_which_search_is_taken():
-    assert kernels.is_faster(64 * 108, 32, 108) and not kernels.is_faster(64 * 108, 33, 108) and not kernels.is_faster(4096, 32, 108)
+    assert kernels.is_faster(64 * 108, 16, 108) and not kernels.is_faster(64 * 108, 17, 108) and not kernels.is_faster(4096, 16, 108)
 
 
 def test_kernels_can_be_turned_off(monkeypatch, forget):

@@ -5,6 +5,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from measure import named
+
 RESULTS = ROOT / "nbs" / "results"
 INTRO = """---
 title: "Benchmarks"
@@ -17,51 +20,57 @@ table. Every run checks first that the candidates compute the same: the estimato
 the layers the same indices.
 """
 ESTIMATORS = """
-## The rotation trick, forward and backward {{#estimators-{device}}}
+## The rotation trick, forward and backward {{#estimators-cpu}}
 
 `python benchmarks/estimators.py` times the value and its gradient to `z` for N vectors of d numbers, float32, against plain straight-through
 (`z + (q − z).detach()`), `rotate_to` of `vector_quantize_pytorch` 1.32, and the formula written as batched matrix products.
-Median in milliseconds (quartiles within {spread:.0%} of it at most, half of them within {typical:.1%}); "compiled" is one graph by `torch.compile`.
+Medians in milliseconds; "compiled" is one graph by `torch.compile`.
 """
 QUANTIZER = """
-## The layer {{#quantizer-{device}}}
+## The layer {{#quantizer-cpu}}
 
 `python benchmarks/quantizer.py` times a training step (forward, backward to `z`, and the update of the codebook) and a lookup, for N
 vectors of d numbers, normally distributed, and K codes, float32, decay 0.8. `vector_quantize_pytorch` 1.32 has the same settings, with the
 rotation trick; "plain" is a layer written from the paper of the VQ-VAE with `torch.cdist` and a one-hot matrix. "Product and argmax" is the
 product of all vectors with all codes, a tile of 2²⁰ scores at a time, and the `argmax` of each row: no gradient, no learning.
-Median in milliseconds (quartiles within {spread:.0%} of it at most, half of them within {typical:.1%}).
+Medians in milliseconds.
 """
 TRAFFIC = """
 ## What a GPU has to move {{#traffic}}
 
 `python benchmarks/traffic.py` counts, with PyTorch {torch} and without a GPU: every operation that is no view is one kernel, which reads
 its arguments and writes its results; an operator of `rotvq` counts as what a GPU runs for it. Bytes are multiples of those of `z` in float32. Operations
-like these are limited by memory on a GPU, and by the launches where tensors are small. No GPU has run the kernels of
-[the GPU room](85_gpu.ipynb) yet; what is counted is
-the memory that they are given, each tensor once (the search reads the codes again for every 64 vectors, from the second-level
-cache where they fit into it).
+like these are limited by memory on a GPU, and by the launches where tensors are small. Of the kernels of [the GPU room](85_gpu.ipynb)
+the memory that they are given is counted, each tensor once (the search reads the codes again for every 64 vectors, from the
+second-level cache where they fit into it).
 
 The rotation trick, forward and backward. The least that can be done is 4: read g, z and q, write the gradient.
 """
 TRAFFIC_LAYER = """
-A training step of the layer, with the same settings as above. For vectors of more than 32 numbers, or few of them, the search of
-`rotvq` writes scores too, a tile at a time, because there the library's product should be faster than a kernel that keeps them ([an
-estimate](85_gpu.ipynb#the-search), here for the 132 processors of an H100); `vector_quantize_pytorch` makes a one-hot matrix.
+A training step of the layer, with the same settings as above. For vectors of more than 16 numbers, or few of them, the search of
+`rotvq` writes scores too, a tile at a time, because there the library's product is faster than a kernel that keeps them ([on an
+H200](85_gpu.ipynb#on-a-gpu); counted for its 132 processors); `vector_quantize_pytorch` makes a one-hot matrix.
 """
 STEP = """
-## Share of a training step {{#step-{device}}}
+## Share of a training step {{#step-cpu}}
 
-`python benchmarks/step.py` times whole training steps of the VQ-VAE at the preset `{preset}` (N = {shape[0]}, d = {shape[1]}, K = {shape[2]}),
+`python benchmarks/step.py` times whole training steps of the VQ-VAE at a preset,
 with several quantizers and with none, where the encoder output goes straight to the decoder. The share is what a step costs more
 than that.
 """
 TRAINING = """
-## Pictures per second {{#training-{device}}}
+## Pictures per second {{#training-cpu}}
 
-`python benchmarks/training.py` times whole training steps at the preset `{preset}` with the rotation trick, and the same model around
+`python benchmarks/training.py` times whole training steps at a preset with the rotation trick, and the same model around
 `VectorQuantize` of `vector_quantize_pytorch` 1.32; and an epoch of batches without a model, ours against `ImageFolder` in a `DataLoader` with a
-process for each core, which decodes every picture in every epoch. Ours decodes once ({decoding:.0f} s for {pictures:,} pictures here) and reads bytes from then on.
+process for each core, which decodes every picture in every epoch. Ours decodes once and reads bytes from then on.
+"""
+STEPS = """
+## Two hundred steps {{#steps-{slug}}}
+
+`make gpu-check` takes {count} training steps of the preset `{preset}`, on one batch, as they are and compiled, and looks where the time of
+the device goes. The least is counted from shapes: what the operations of an eager step read and write, at the device's bandwidth. No step
+waits for the device (`torch.cuda.set_sync_debug_mode("error")`).
 """
 BARE = "product and argmax"
 NAMES = ["rotvq", "rotvq, compiled", "plain STE", "plain STE, compiled", "rotate_to", "rotate_to, compiled", "batched matrices"]
@@ -77,15 +86,27 @@ def ratios(held: dict, over: str, under: str, key: str = "median_s") -> list[flo
     return [shape["results"][over][key] / shape["results"][under][key] for shape in held["shapes"]]
 
 
-def spread(results: list[dict]) -> dict:
-    "How far quartiles lie from their median: at most, and in half of the cases."
-    far = [max(abs(q / r["median_s"] - 1) for q in r["quartiles_s"]) for r in results]
-    return {"spread": max(far), "typical": statistics.median(far)}
+def about(held: dict, results: list[dict] | None = None) -> str:
+    "The machine, how far quartiles lie from their median, and what else is to be known of a file."
+    machine = held["machine"]
+    kind = f"{machine['name']}, {machine['device']}" if machine["device"] == "cpu" else machine["name"]
+    parts = [kind, f"{machine['threads']} threads", f"PyTorch {machine['torch']}", f"{held['rounds']} rounds"]
+    text = ", ".join([*parts, f"rotvq {held['version']} on {held['date']}"] if "version" in held else parts) + "."
+    if results:
+        far = [max(abs(q / r["median_s"] - 1) for q in r["quartiles_s"]) for r in results]
+        text += f" Quartiles within {max(far):.0%} of the median at most, half of them within {statistics.median(far):.1%}."
+    return text + (f" {held['note']}" if "note" in held else "")
+
+
+def opening(description: str, kind: str, held: dict) -> str:
+    "The description where a kind is shown first, for the CPU, and a heading for each GPU."
+    name = held["machine"]["name"]
+    return description.format(**held) if named(held["machine"]) == "cpu" else f"\n### The same on an {name} {{#{kind}-{named(held['machine'])}}}\n"
 
 
 def estimators(held: dict) -> str:
     "The section of one device."
-    machine, shapes = held["machine"], held["shapes"]
+    shapes, timed = held["shapes"], [r for shape in held["shapes"] for r in shape["results"].values()]
     head = ["(N, d)", *(f"({n}, {d})" for n, d in (shape["shape"] for shape in shapes))]
     milli = lambda r: f"{1e3 * r['median_s']:.2f}"
     times = [[name, *(milli(shape["results"][name]) for shape in shapes)] for name in NAMES]
@@ -96,12 +117,19 @@ def estimators(held: dict) -> str:
              "rotvq, compiled / plain STE": ("rotvq, compiled", "plain STE")}
     rates = [[name, *(f"{x:.1f}" for x in values), f"{statistics.median(values):.1f}"]
              for name, values in ((name, ratios(held, *pair)) for name, pair in pairs.items())]
-    about = f"{machine['name']}, {machine['device']}, {machine['threads']} threads, PyTorch {machine['torch']}, {held['rounds']} rounds."
-    return "\n".join([ESTIMATORS.format(device=machine["device"], **spread([r for shape in shapes for r in shape["results"].values()])), table(head, times), about, "",
-                      "How many times the first costs what the second costs:", "", table([*head, "median"], rates),
-                      "Most memory held at one time, in multiples of the size of `z`. The gradient is one; `rotvq` does not copy the value, `q`; what it makes on the way belongs to one block of rows:", "",
-                      table(head, memory), f"![Time of forward and backward, relative to plain straight-through, on a logarithmic axis; thin lines from quartile to quartile. {about}]"
-                      f"(images/estimators_{machine['device']}.png)", ""])
+    held_most = "Most memory held at one time, in multiples of the size of `z`. The gradient is one; `rotvq` does not copy the value, `q`; what it makes on the way belongs to one block of rows:"
+    return "\n".join([opening(ESTIMATORS, "estimators", held), table(head, times), about(held, timed), "",
+                      "How many times the first costs what the second costs:", "", table([*head, "median"], rates), held_most, "",
+                      table(head, memory), f"![Time of forward and backward, relative to plain straight-through, on a logarithmic axis; thin lines from quartile to quartile. {held['machine']['name']}.]"
+                      f"(images/estimators_{named(held['machine'])}.png)", ""])
+
+
+def plain_numbers(ax) -> None:
+    "Ticks at 1, 2, 5, 10 ... of a logarithmic axis, without powers."
+    from matplotlib.ticker import LogLocator
+
+    ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    for set_formatter in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter): set_formatter("{x:g}")
 
 
 def draw(held: dict) -> None:
@@ -120,25 +148,21 @@ def draw(held: dict) -> None:
         ax.bar(x, heights, width=.13, color=color, label=name, yerr=ends, error_kw={"lw": .8})
     ax.set_xticks(range(len(held["shapes"])), [f"({n}, {d})" for n, d in (shape["shape"] for shape in held["shapes"])])
     ax.set(yscale="log", ylabel="time / plain STE")
+    plain_numbers(ax)
     fig.legend(loc="outside upper center", ncols=6, fontsize=8)
-    fig.savefig(ROOT / "nbs" / "images" / f"estimators_{held['machine']['device']}.png")
+    fig.savefig(ROOT / "nbs" / "images" / f"estimators_{named(held['machine'])}.png")
     plt.close(fig)
 
 
-def milli(r: dict) -> str: return f"{1e3 * r['median_s']:.1f}"
+def milli(r: dict) -> str: return f"{1e3 * r['median_s']:.{1 if r['median_s'] > 0.01 else 2}f}"
 
 
 def short(x: float) -> str: return f"{x:.3f}" if x < 0.1 else f"{x:.2f}" if x < 2 else f"{x:.1f}"
 
 
-def about(held: dict) -> str:
-    machine = held["machine"]
-    return f"{machine['name']}, {machine['device']}, {machine['threads']} threads, PyTorch {machine['torch']}, {held['rounds']} rounds."
-
-
 def quantizer(held: dict) -> str:
     "The section of one device."
-    shapes, device = held["shapes"], held["machine"]["device"]
+    shapes = held["shapes"]
     head = ["(N, d, K)", *("({}, {}, {})".format(*shape["shape"]) for shape in shapes)]
     timed = [r for shape in shapes for kind in ("training", "lookup") for r in shape[kind].values() if "quartiles_s" in r]
 
@@ -154,13 +178,13 @@ def quantizer(held: dict) -> str:
     time = {f"{peer} / rotvq": (peer, "rotvq", "median_s"), "plain / rotvq": ("plain", "rotvq", "median_s"), "rotvq / product and argmax": ("rotvq", BARE, "median_s")}
     memory = {f"peak memory: rotvq / {peer}": ("rotvq", peer, "peak_bytes"), "peak memory: rotvq / plain": ("rotvq", "plain", "peak_bytes")}
     mebi = [[name, *(f"{shape['training'][name]['peak_bytes'] / 2**20:.0f}" for shape in shapes)] for name in ("rotvq", peer, "plain", BARE)]
-    return "\n".join([QUANTIZER.format(device=device, **spread(timed)), "A training step:", "", *part("training", ["rotvq", peer, "plain", BARE], time | memory),
+    return "\n".join([opening(QUANTIZER, "quantizer", held), "A training step:", "", *part("training", ["rotvq", peer, "plain", BARE], time | memory),
                       "Most memory held at one time in a training step, in MiB, the layer and its input not counted:", "", table(head, mebi),
                       "A lookup, in eval mode; `encode` returns the indices only:", "",
                       *part("lookup", ["rotvq", "rotvq, encode", peer, "plain", BARE], time | {"rotvq, encode / product and argmax": ("rotvq, encode", BARE, "median_s")}),
-                      about(held), "",
-                      f"![Time and peak memory of a training step against N, K and d; the other two are at N = 8192, d = 32, K = 1024. {about(held)}]"
-                      f"(images/quantizer_{device}.png)", ""])
+                      about(held, timed), "",
+                      f"![Time and peak memory of a training step against N, K and d; the other two are at N = 8192, d = 32, K = 1024. {held['machine']['name']}.]"
+                      f"(images/quantizer_{named(held['machine'])}.png)", ""])
 
 
 def draw_quantizer(held: dict) -> None:
@@ -178,10 +202,11 @@ def draw_quantizer(held: dict) -> None:
             column[1].loglog(x, [shape["training"][name]["peak_bytes"] / 2**20 for shape in shapes], "o-", ms=3, color=color)
         column[1].set(xlabel=axis, xscale="log")
         column[1].set_xticks(x, x, fontsize=7)
-        column[1].minorticks_off()
+        column[1].xaxis.minorticks_off()
+        for ax in column: plain_numbers(ax)
     axes[0, 0].set_ylabel("ms"), axes[1, 0].set_ylabel("MiB")
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8)
-    fig.savefig(ROOT / "nbs" / "images" / f"quantizer_{held['machine']['device']}.png")
+    fig.savefig(ROOT / "nbs" / "images" / f"quantizer_{named(held['machine'])}.png")
     plt.close(fig)
 
 
@@ -190,7 +215,21 @@ def step(held: dict) -> str:
     none = held["results"]["none"]["median_s"]
     rows = [[{"none": "no quantizer", "ste": "rotvq, straight-through", "rotation": "rotvq, rotation"}.get(name, name), milli(r),
              "" if name == "none" else f"{1 - none / r['median_s']:.1%}"] for name, r in held["results"].items()]
-    return "\n".join([STEP.format(device=held["machine"]["device"], **held), table(["", "a step, ms", "share"], rows), about(held), ""])
+    where = "Preset `{}` (N = {}, d = {}, K = {}):".format(held["preset"], *held["shape"])
+    return "\n".join([opening(STEP, "step", held), where, "", table(["", "a step, ms", "share"], rows), about(held, list(held["results"].values())), ""])
+
+
+def steps(held: dict) -> str:
+    "The section of one GPU: two hundred steps, and where the time of one goes."
+    rows = [[title, f"{1e3 * held[key]['seconds a step']:.1f}", f"{held[key]['pictures a second']:,.0f}", f"{held[key]['peak bytes'] / 2**20:,.0f}", f"{held[key]['planned bytes'] / 2**20:,.0f}"]
+            for key, title in (("eager", "as it is"), ("compiled", "compiled")) if key in held]
+    profile, machine = held["profile"], held["machine"]
+    shown = [[f"`{row['name']}`", f"{row['ms_a_step']:.2f}", f"{row['calls_a_step']:.0f}"] for row in profile["rows"]]
+    least = 1e3 * held["eager"]["least seconds"]
+    text = f"The least that is counted is {least:.1f} ms. In an eager step the device is busy for {profile['device_ms_a_step']:.1f} ms, by the profiler, with these operators before all others:"
+    end = f"{machine['name']}, PyTorch {machine['torch']}" + (f", rotvq {held['version']} on {held['date']}." if "version" in held else ".") + f" {held.get('note', '')}"
+    return "\n".join([STEPS.format(slug=named(machine), **held), table(["", "a step, ms", "pictures a second", "MiB at most", "planned MiB"], rows), text, "",
+                      table(["operator", "ms a step", "calls"], shown), end, ""])
 
 
 def training(held: dict) -> str:
@@ -201,8 +240,8 @@ def training(held: dict) -> str:
         rows.append([f"training step, {precision}", f"{ours:.0f}", f"{theirs:.0f}", f"{ours / theirs:.1f}"])
     ours, theirs = (data[name]["pictures_per_second"] for name in ("rotvq", "ImageFolder and DataLoader"))
     rows.append(["batches, without a model", f"{ours:.0f}", f"{theirs:.0f}", f"{ours / theirs:.1f}"])
-    text = TRAINING.format(device=held["machine"]["device"], preset=held["preset"], decoding=data["decoding_once_s"], pictures=data["pictures"])
-    return "\n".join([text, table(["pictures per second", "rotvq", "the other", "ratio"], rows), about(held), ""])
+    where = f"Preset `{held['preset']}`; decoding took {data['decoding_once_s']:.0f} s, once, for {data['pictures']:,} pictures."
+    return "\n".join([opening(TRAINING, "training", held), where, "", table(["pictures per second", "rotvq", "the other", "ratio"], rows), about(held), ""])
 
 
 def traffic(held: dict) -> str:
@@ -214,7 +253,8 @@ def traffic(held: dict) -> str:
     return "\n".join([TRAFFIC.format(torch=held["torch"]), part("(N, d)", held["estimators"]), TRAFFIC_LAYER, part("(N, d, K)", held["layers"]), ""])
 
 
-SECTIONS = {"estimators": (estimators, draw), "quantizer": (quantizer, draw_quantizer), "step": (step, None), "training": (training, None)}
+SECTIONS = {"estimators": (estimators, draw), "quantizer": (quantizer, draw_quantizer), "step": (step, None), "training": (training, None), "steps": (steps, None)}
+ON_CPUS = [kind for kind in SECTIONS if kind != "steps"]
 
 
 def in_short(results: dict) -> str:
@@ -235,14 +275,39 @@ def in_short(results: dict) -> str:
 - A training step of the layer takes {1 / layer(peer, "rotvq", "median_s"):.0%} of the time and {layer("rotvq", peer, "peak_bytes"):.1%} of the memory of `{peer}`, and about as long as the bare product of vectors and codes.
 - The rotation trick alone costs {ste:.1f} times plain straight-through, and {1 / trick:.0%} of `rotate_to`; where both are compiled, {compiled:.1f} times `rotate_to`.
 - In a training step of a model the quantizer's share is {share("rotation"):.0%}, with `{peer}` {share(peer):.0%}; the whole step is {faster:.1f} times as fast.
-- No GPU has run any of this yet: what is known of one is counted, not timed ([below](#traffic)).
 """
+
+
+def in_short_on(gpu: dict) -> str:
+    "The same of a GPU: as it is, not as it should be."
+    name, slug = gpu["quantizer"]["machine"]["name"], named(gpu["quantizer"]["machine"])
+    shapes, peer = gpu["quantizer"]["shapes"], "vector_quantize_pytorch"
+    layer = lambda over, under, key="median_s": [s["training"][over][key] / s["training"][under][key] for s in shapes]
+    span = lambda values, show=short: f"{show(min(values))} to {show(max(values))}"
+    one = "{:.1f}".format
+    found = {tuple(row["shape"]): row["seconds"]["kernel"] / row["seconds"]["addmm and argmax"] for row in gpu["kernels"]["search"] if "kernel" in row["seconds"]}
+    slower, about_equal = ([x for (_, d, _), x in found.items() if (d >= 32) == long] for long in (True, False))
+    share = [row["share_of_copy"] for row in gpu["kernels"]["gradient"] if row["share_of_copy"] and row["shape"][0] * row["shape"][1] > 2**24]
+    both = layer("plain", "rotvq")
+    step, none = gpu["steps"], gpu["step"]["results"]
+    milliseconds = lambda name: f"{1e3 * none[name]['median_s']:.1f}"
+    return f"""
+**On an {name}** ([PyTorch {gpu["quantizer"]["machine"]["torch"]}](#quantizer-{slug})) the layer is about as fast as the other library's, and slower than a plain one:
+
+- A training step of the layer takes {span(layer("rotvq", peer))} of the time of `{peer}` at the four shapes, with {span(layer("rotvq", peer, "peak_bytes"))} of its memory. A plain layer with straight-through, of ten lines, takes {span(both)} of ours: it is {span([1 / x for x in both], one)} times as fast.
+- The gradient's kernel alone moves its bytes at {span(share)} of the rate of a copy. The search kernel takes {span(slower, one)} times as long as `addmm` and `argmax` for vectors of 32 numbers and more, and {span(about_equal, one)} times for shorter ones; it is chosen for up to 16 numbers ([where this is measured](85_gpu.ipynb#on-a-gpu)).
+- A training step at the preset `cuda` takes {1e3 * step["eager"]["seconds a step"]:.1f} ms, {1e3 * step["compiled"]["seconds a step"]:.1f} compiled, and the device is busy for {step["profile"]["device_ms_a_step"]:.1f} of them; the least that is counted is {1e3 * step["eager"]["least seconds"]:.1f}. Side by side: {milliseconds("none")} ms without a quantizer, {milliseconds("rotation")} with ours, {milliseconds(peer)} with `{peer}`.
+"""
+
+
+def of_machine(name: str, kinds) -> dict:
+    return {kind: json.loads((RESULTS / f"{kind}_{name}.json").read_text(encoding="utf-8")) for kind in kinds}
 
 
 def page() -> tuple[str, list]:
     "The text, and what to draw."
-    cpu = {kind: json.loads((RESULTS / f"{kind}_cpu.json").read_text(encoding="utf-8")) for kind in SECTIONS}
-    text, figures = INTRO + in_short(cpu), []
+    text, figures = INTRO + in_short(of_machine("cpu", ON_CPUS)), []
+    for file in sorted(RESULTS.glob("kernels_*.json")): text += in_short_on(of_machine(file.stem.removeprefix("kernels_"), ("quantizer", "step", "kernels", "steps")))
     for kind, (write, figure) in SECTIONS.items():
         for file in sorted(RESULTS.glob(f"{kind}_*.json")):
             held = json.loads(file.read_text(encoding="utf-8"))

@@ -1,0 +1,33 @@
+"""Triton's interpreter in the place of a GPU. Set TRITON_INTERPRET=1 before triton is imported."""
+import numpy as np
+import torch
+
+from rotvq import kernels
+from rotvq.codebook import best_code, best_code_definition
+from rotvq.rotation import pullback
+
+used = {"pullback": 0, "search": 0}
+
+
+def fma(builder, x, y, z):
+    "A GPU rounds x · y + z once; the interpreter would round the product before. Float64 holds every product of float32."
+    from triton.runtime.interpreter import TensorHandle
+    wide = np.float64 if x.data.dtype == np.float32 else np.longdouble
+    with np.errstate(all="ignore"): return TensorHandle((x.data.astype(wide) * y.data + z.data).astype(x.data.dtype), x.dtype)
+
+
+def kernels_on_the_cpu() -> None:
+    "Exact fused multiply-adds, and the kernels as the operators' forms for the CPU."
+    from triton.runtime.interpreter import InterpreterBuilder
+    InterpreterBuilder.create_fma = fma
+
+    @pullback.register_kernel("cpu")
+    def _(g, z, q, gamma, mirror):
+        used["pullback"] += 1
+        return kernels.launch_pullback(g, z, q, gamma, mirror)
+
+    @best_code.register_kernel("cpu")
+    def _(z, codes, offset, tile):
+        if z.dtype != torch.float32 or z.shape[1] > kernels.LONGEST_SEARCH: return best_code_definition(z, codes, offset, tile)
+        used["search"] += 1
+        return kernels.launch_search(z, codes, offset)
