@@ -7,7 +7,7 @@ OLDEST := .venv-oldest
 PIP_FLAGS := --disable-pip-version-check -q --config-settings editable_mode=compat
 PACKAGE := settings.ini setup.py pyproject.toml
 
-.PHONY: help train test test-site test-integrations test-oldest gpu-check full lab docs quarto export notebooks dist release-check clean
+.PHONY: help train test test-site test-integrations test-oldest gpu-check gpu-bundle full lab docs quarto export notebooks dist release-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -16,7 +16,8 @@ help:
 	@echo "make test-site          the rendered site, page by page, in Chromium (needs Quarto)"
 	@echo "make test-integrations  ONNX, Lightning, accelerate, diffusers, transformers (installs them into .venv)"
 	@echo "make test-oldest        the tests of the package with the oldest versions that settings.ini allows"
-	@echo "make gpu-check          on a machine with a GPU: tests, kernels, benchmarks, 200 steps of the preset cuda, into gpu-check.json"
+	@echo "make gpu-check          on a machine with a GPU, five minutes: tests, benchmarks, steps, the start of the full run, into gpu-check/"
+	@echo "make gpu-bundle         what that check needs on a machine without network, into gpu-bundle/"
 	@echo "make full               on a machine with a GPU: the full run, three seeds, and its figures in the chapter on the run"
 	@echo "make lab                JupyterLab on the notebooks"
 	@echo "make docs               the site, into _docs/ (needs Quarto)"
@@ -81,7 +82,10 @@ test-oldest: $(OLDEST)/ready
 	@PATH="$(CURDIR)/$(OLDEST)/bin:$$PATH" python -m pytest $(foreach t,project claims mutations explorables playground compatibility site jupyterlab,--ignore tests/test_$(t).py)
 
 gpu-check: $(VENV)/dev-ready
-	@$(BIN)/python benchmarks/gpu_check.py
+	@$(BIN)/python benchmarks/gpu_check.py --minutes $(or $(MINUTES),5)
+
+gpu-bundle: $(VENV)/dev-ready
+	@$(BIN)/python tools/gpu_bundle.py $(BUNDLE)
 
 # The notebook reads the results that the script writes; both go on where they were stopped.
 full: $(VENV)/dev-ready
@@ -124,5 +128,5 @@ release-check:
 	@test "$(TAG)" = "v$$(sed -n 's/^version = //p' settings.ini)" || { echo "TAG is '$(TAG)', and settings.ini has version $$(sed -n 's/^version = //p' settings.ini)"; exit 1; }
 
 clean:
-	rm -rf $(VENV) $(OLDEST) _docs _proc build dist *.egg-info nbs/nbdev.yml nbs/.last_checked .pytest_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) _docs _proc build dist gpu-bundle .gpu-site *.egg-info nbs/nbdev.yml nbs/.last_checked .pytest_cache .hypothesis
 	find rotvq nbs tests tools benchmarks \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +

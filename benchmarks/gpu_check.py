@@ -1,129 +1,296 @@
-"""The first thing to run on a GPU: tests, kernels against their definitions, benchmarks, and two hundred steps of the preset cuda.
+"""The first thing to run on a GPU, made for the few minutes for which one is at hand.
 
-    make gpu-check                      (python benchmarks/gpu_check.py)
+    python benchmarks/gpu_check.py --minutes 5      (make gpu-check)
+    python benchmarks/gpu_check.py --rehearse       the same on a CPU: Triton's interpreter, tiny sizes
 
-Each part runs even if the one before failed. Writes gpu-check.json, one file to attach to a report; exits with 1 if something failed.
-About ten minutes.
+Parts in order of their worth: the tests for CUDA, the layer, the kernels, training steps side by side, two hundred steps, several
+trainings at once, and as many epochs of the full run as the rest of the time allows. Each is a process with a time limit of its own,
+and its result is on disk at once: at most eight files in gpu-check/, of which report.json says what began, passed and took how long.
+Exits with 0 only if some part began and all that began passed.
+
+Runs from the source tree with Python 3.10 and PyTorch; no network is needed. What else is missing comes from gpu-bundle/, which
+`make gpu-bundle` fills elsewhere: packages (installed into .gpu-site/) and pictures (unpacked into data/). `--record` puts the results
+of a check into nbs/results/, named after the GPU, and makes the page of benchmarks anew.
 """
 import argparse
+import configparser
+import dataclasses
+import importlib.metadata
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
-import tempfile
+import tarfile
 import time
-import traceback
 from pathlib import Path
 
-import torch
-
-from rotvq.data import SAMPLE, ImageNet10
-from rotvq.plan import least_seconds, plan
-from rotvq.runs import commit_of, hardware
-from rotvq.training import PRESETS, Learner, batches, place
-
 ROOT = Path(__file__).resolve().parent.parent
+SITE = ROOT / ".gpu-site"
+FILES = ("report.json", "log.txt", "tests.txt", "quantizer.json", "kernels.json", "step.json", "steps.json", "metrics.jsonl")
+# the most seconds that a part takes of a check of five minutes; `run` gets what is left
+LIMITS = {"tests": 110, "layer": 40, "kernels": 40, "step": 50, "steps": 45, "together": 30, "run": None}
+LEAST = 10                                                                # seconds; with less left a part does not begin
 
 
-def tests(device: str) -> dict:
-    "The tests that a GPU makes different; a skipped one is counted."
-    files = ["tests/test_cuda.py"] if device == "cpu" else ["tests/test_cuda.py", "tests/test_estimators.py", "tests/test_codebook.py", "tests/test_quantizer.py", "tests/test_training.py"]
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files], cwd=ROOT, capture_output=True, text=True)
-    lines = done.stdout.splitlines()
-    passed = device == "cpu" or any(" passed" in line for line in lines[-1:])   # all of them skipped is no success
-    return {"ok": done.returncode in (0, 5) and passed, "summary": lines[-1] if lines else done.stderr[-500:], "failed": [line for line in lines if line.startswith("FAILED")]}
+# Before anything is imported that may be missing
 
 
-def kernels(device: str) -> dict:
-    "Gradients of both estimators against explicit matrices in float64, and the lookup against all distances, for several d."
-    from rotvq import reflection_trick, rotation_trick
-    from rotvq.codebook import nearest_code
-    from rotvq.householder import householder_matrix
-    from rotvq.rotation import rotation_matrix
-    worst, wrong, generator = {}, 0, torch.Generator().manual_seed(0)
-    for d in (2, 3, 4, 8, 32, 64, 256):
-        z, q, g = torch.randn(3, 512, d, generator=generator)
-        a, b = z.double(), q.double()
-        unit = lambda x: x / x.norm(dim=1, keepdim=True)
-        length = (b.norm(dim=1) / a.norm(dim=1))[:, None, None]
-        forms = {"rotation": (rotation_trick, rotation_matrix(a, b)), "reflection": (reflection_trick, householder_matrix(unit(a) - unit(b)))}
-        for name, (trick, matrix) in forms.items():
-            expected = ((length * matrix).mT @ g.double()[:, :, None])[..., 0]
-            x = z.to(device, copy=True).requires_grad_()
-            trick(x, q.to(device)).backward(g.to(device))
-            error = (x.grad.cpu().double() - expected).norm(dim=1) / expected.norm(dim=1)
-            worst[f"{name}, d = {d}"] = error.max().item()
-        codes = torch.randn(300, d, generator=generator)
-        distances = torch.cdist(a, codes.double())
-        chosen = nearest_code(z.to(device), codes.to(device)).cpu()
-        excess = distances.gather(1, chosen[:, None])[:, 0] - distances.amin(1)
-        wrong += int((excess > 1e-5 * distances.amin(1).clamp_min(1e-3)).sum())
-    return {"ok": max(worst.values()) < 1e-5 and wrong == 0, "worst relative error": worst, "codes that are not nearest": wrong}
+def needed() -> list[str]:
+    "Distributions that the check imports, by settings.ini, and what its tests need."
+    held = configparser.ConfigParser(interpolation=None)
+    held.read(ROOT / "settings.ini", encoding="utf-8")
+    names = [word.split(">=")[0] for word in held["DEFAULT"]["requirements"].split()]
+    return [*names, "vector-quantize-pytorch", "pytest", "hypothesis"]
 
 
-def benchmarks(device: str) -> dict:
-    found = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name in ("estimators", "quantizer", "step"):
-            out = Path(folder) / f"{name}.json"
-            done = subprocess.run([sys.executable, f"benchmarks/{name}.py", "--device", device, "--out", str(out)], cwd=ROOT, capture_output=True, text=True)
-            found[name] = json.loads(out.read_text()) if out.exists() else {"error": done.stderr[-1000:]}
-    return {"ok": all("error" not in part for part in found.values()), **found}
+def absent(names) -> list[str]:
+    def here(name: str) -> bool:
+        try: return bool(importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError: return False
+    return [name for name in names if not here(name)]
 
 
-def steps(device: str, preset: str, count: int, compiled: bool) -> dict:
-    "Speed, memory against the plan, and whether a step waits for the GPU."
-    import dataclasses
-    config, where = dataclasses.replace(PRESETS[preset], compile=compiled), torch.device(device)
-    images = place(ImageNet10("train", config.size, SAMPLE, 1024 if device == "cuda" else 64).images, where)
-    learner = Learner(config, "rotation", 0, where)
+def install(bundle: Path) -> None:
+    "Wheels of the bundle that the machine lacks, into .gpu-site/; nothing that it has is replaced."
+    sys.path.insert(0, str(SITE))
+    wheels = {file.name.split("-")[0].replace("_", "-").lower(): file for file in sorted((bundle / "wheels").glob("*.whl"))}
+    lacking = absent(wheels)
+    if lacking:
+        command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--disable-pip-version-check", "--target", SITE]
+        subprocess.run([*command, *(wheels[name] for name in lacking)], check=True)
+    if missing := absent(needed()):
+        raise SystemExit(f"Missing: {', '.join(missing)}. Install them, or run `make gpu-bundle` where there is a network and put its gpu-bundle/ into {bundle}.")
+
+
+def unpack(bundle: Path) -> Path | None:
+    "The folder of the bundle's pictures, each archive unpacked once; None without pictures."
+    archives = sorted(bundle.glob("pictures-*.tar.xz"))
+    for archive in archives:
+        done = ROOT / "data" / f".{archive.name}-{archive.stat().st_size}"
+        if done.exists(): continue
+        with tarfile.open(archive) as held: held.extractall(ROOT / "data", filter="data")
+        done.touch()
+    about = bundle / "bundle.json"
+    return ROOT / "data" / json.loads(about.read_text(encoding="utf-8"))["folder"] if archives and about.exists() else None
+
+
+# The parts
+
+
+def commands(out: Path, device: str, rehearse: bool, args) -> dict[str, list]:
+    "What each part runs."
+    def script(name, *more): return [sys.executable, ROOT / "benchmarks" / f"{name}.py", *more]
+    tiny = ["--rehearse"] if rehearse else []
+    preset = "smoke" if rehearse else args.preset
+    inner = lambda part, *more: script("gpu_check", "--part", part, "--device", device, "--preset", preset, "--out", out, *more)
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "at_once", "--traceback-file", out / "tests.txt", "tests/test_cuda.py"]
+    return {"tests": pytest,
+            "layer": script("quantizer", "--device", device, "--only-shapes", "--rounds", "2" if rehearse else "9", *tiny, "--out", out / "quantizer.json"),
+            "kernels": script("kernels", *tiny, "--out", out / "kernels.json"),
+            "step": script("step", "--device", device, "--preset", preset, "--rounds", "2" if rehearse else "15", "--out", out / "step.json"),
+            "steps": inner("steps", "--steps", "3" if rehearse else "200"),
+            "together": script("many_trainings", *tiny, "--seconds", "15"),
+            "run": inner("run", "--runs", args.runs.resolve())}
+
+
+def steps(device: str, preset: str, count: int, out: Path) -> None:
+    "Two hundred steps as they are and compiled: speed, memory against the plan, whether a step waits; and a profile."
+    import torch
+
+    from measure import machine
+    from rotvq.training import PRESETS
+    result = {"machine": machine(device), "preset": preset, "count": count}
+    for name, compiled in (("eager", False), ("compiled", True)):
+        config = dataclasses.replace(PRESETS[preset], compile=compiled)
+        learner, step = begun(config, torch.device(device))
+        result[name] = counted(learner, step, config, device, count)
+        if not compiled: result["profile"] = profiled(step, device)
+        (out / "steps.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    failed = [name for name in ("eager", "compiled") if not result[name]["ok"]]
+    if failed: raise SystemExit(f"the loss did not fall: {failed}")
+
+
+def begun(config, device):
+    "A learner after twelve steps, of which the tenth looked at λ, and a call that takes one more."
+    import torch
+
+    from rotvq.data import SAMPLE, ImageNet10
+    from rotvq.training import Learner, batches, place
+    images = place(ImageNet10("train", config.size, SAMPLE, 1024 if device.type == "cuda" else 64).images, device)
+    learner = Learner(config, "rotation", 0, device)
     learner.begin(0)
-    data = batches(images, config, 0, 0, where)
-    x = next(data)
-    losses = [learner.step(x)[0] for _ in range(12)]                      # the tenth looks at λ once
+    x = next(batches(images, config, 0, 0, device))
+    losses = [learner.step(x)[0] for _ in range(12)]
+    if device.type == "cuda": torch.cuda.reset_peak_memory_stats()
+    learner.first, learner.pictures = losses[0].item(), len(images)
+    return learner, lambda: learner.step(x)[0]
+
+
+def counted(learner, step, config, device: str, count: int) -> dict:
+    import torch
+
+    from rotvq.plan import least_seconds, plan
     cuda = device == "cuda"
-    if cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        learner.step(next(data))
+    if cuda: torch.cuda.set_sync_debug_mode("error")
+    try: step()
     finally:
         if cuda: torch.cuda.set_sync_debug_mode("default")
     if cuda: torch.cuda.synchronize()
     began = time.perf_counter()
-    losses += [learner.step(x)[0] for _ in range(count)]
+    for _ in range(count): loss = step()
     if cuda: torch.cuda.synchronize()
-    seconds = (time.perf_counter() - began) / count
-    expected = plan(config, len(images))
-    least = least_seconds(expected, torch.cuda.get_device_name() if cuda else "")
-    first, last = losses[0].item(), losses[-1].item()
-    return {"ok": last < first, "seconds a step": seconds, "pictures a second": len(x) / seconds, "least seconds": least, "planned bytes": expected.memory,
-            "peak bytes": torch.cuda.max_memory_allocated() if cuda else None, "loss": [first, last]}
+    seconds, last = (time.perf_counter() - began) / count, loss.item()
+    expected = plan(config, learner.pictures)
+    return {"ok": last < learner.first, "seconds a step": seconds, "pictures a second": config.batch / seconds, "least seconds": least_seconds(expected, torch.cuda.get_device_name() if cuda else ""),
+            "planned bytes": expected.memory, "peak bytes": torch.cuda.max_memory_allocated() if cuda else 0, "loss": [learner.first, last]}
+
+
+def profiled(step, device: str, count: int = 5) -> dict:
+    "Where the time of the device goes, by operator."
+    import torch
+    kinds = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if device == "cuda" else [])]
+    with torch.profiler.profile(activities=kinds) as profile:
+        for _ in range(count): step()
+        if device == "cuda": torch.cuda.synchronize()
+    own = lambda e: getattr(e, "self_device_time_total" if device == "cuda" else "self_cpu_time_total") / 1e3 / count
+    events = profile.key_averages()
+    operators = sorted((e for e in events if "::" in e.key and "void" not in e.key or e.key.startswith("Optimizer.step")), key=own, reverse=True)
+    rows = [{"name": e.key, "ms_a_step": round(own(e), 3), "calls_a_step": e.count / count} for e in operators[:12]]
+    busy = sum(own(e) for e in events if device != "cuda" or e.device_type == torch.autograd.DeviceType.CUDA)
+    return {"steps": count, "device_ms_a_step": round(busy, 3), "rows": rows}
+
+
+def run(device: str, preset: str, runs: Path, out: Path) -> None:
+    "Epochs of the three models of the full run, until a signal; the next check goes on from there."
+    import torch
+
+    from rotvq.data import Source, imagenet10
+    from rotvq.runs import Stopped
+    from rotvq.training import PRESETS, train
+    source = imagenet10(os.environ.get("ROTVQ_DATA"), download=False)
+    config, folder = dataclasses.replace(PRESETS[preset], switch=1 if preset == "smoke" else 5), runs / f"gpu-check-{preset}-{source.name}"
+    print(f"pictures: {source.name}, {source.root}", flush=True)
+    try: train(config, ("ste", "rotation", "rotation-then-ste"), Source(source.root, source.name), folder, resume="auto", device=torch.device(device), quiet=True)
+    except Stopped as stopped: print(f"stopped in {stopped}", flush=True)
+    finally:
+        if (folder / "metrics.jsonl").exists(): shutil.copy(folder / "metrics.jsonl", out / "metrics.jsonl")
+    if not (folder / "metrics.jsonl").exists(): raise SystemExit("no epoch was finished")
+
+
+# All of them
+
+
+class Report:
+    "report.json, written anew after each part."
+
+    def __init__(self, out: Path, about: dict):
+        self.file, self.held = out / "report.json", about | {"parts": {}}
+
+    def add(self, part: str, found: dict) -> None:
+        self.held["parts"][part] = found
+        partial = self.file.with_suffix(".partial")
+        partial.write_text(json.dumps(self.held, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, self.file)
+
+    @property
+    def ok(self) -> bool:
+        begun = [part for part in self.held["parts"].values() if part["began"]]
+        return bool(begun) and all(part["ok"] for part in begun)
+
+
+def carried_out(command: list, limit: float, log, environment: dict) -> dict:
+    "Exit status and seconds of a process and all that it started; at its limit it is asked to stop, and ended ten seconds later."
+    began = time.monotonic()
+    process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True)
+    found = {"began": True, "limit": round(limit)}
+    try: process.wait(limit)
+    except subprocess.TimeoutExpired:
+        found["stopped"] = "at its limit"
+        process.terminate()
+        try: process.wait(10)
+        except subprocess.TimeoutExpired: found["stopped"] = "killed ten seconds after its limit"
+    finally:
+        if hasattr(os, "killpg"):
+            try: os.killpg(process.pid, signal.SIGKILL)                   # what it has left running
+            except ProcessLookupError: pass
+    return found | {"status": process.wait(), "seconds": round(time.monotonic() - began, 1)}
+
+
+def check(args) -> int:
+    began = time.monotonic()
+    install(args.bundle)
+    pictures = unpack(args.bundle)
+    import torch
+    sys.path.insert(0, str(ROOT))
+    from measure import machine, named
+    from rotvq.runs import commit_of
+    device = "cpu" if args.rehearse else "cuda"
+    if device == "cuda" and not torch.cuda.is_available():
+        print("PyTorch sees no CUDA device here. This check is for a machine with one (nvidia-smi, and a CUDA build of PyTorch); --rehearse shows on a CPU that it runs.", file=sys.stderr)
+        return 1
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    for name in FILES: (out / name).unlink(missing_ok=True)
+    about = args.bundle / "bundle.json"
+    report = Report(out, {"machine": machine(device), "rehearsal": args.rehearse, "minutes": args.minutes, "date": time.strftime("%Y-%m-%d"), "commit": commit_of(ROOT),
+                          "bundle": json.loads(about.read_text(encoding="utf-8")) if about.exists() else None})
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(SITE), *filter(None, [os.environ.get("PYTHONPATH")])]), "PYTHONUNBUFFERED": "1", "KINETO_LOG_LEVEL": "99"}
+    if pictures: environment["ROTVQ_DATA"] = str(pictures)
+    if args.rehearse: environment |= {"ROTVQ_REHEARSE": "1", "TRITON_INTERPRET": "1", "ROTVQ_DATA": "sample", "PYTHONWARNINGS": "ignore"}
+    with open(out / "log.txt", "w", encoding="utf-8") as log:
+        for part, command in commands(out, device, args.rehearse, args).items():
+            if args.only and part not in args.only: continue
+            left = 60 * args.minutes - (time.monotonic() - began)
+            most = left if LIMITS[part] is None else min(left, LIMITS[part] * args.minutes / 5)
+            if left < LEAST:
+                report.add(part, {"began": False, "why": "no time was left"})
+                continue
+            print(f"==> {part}, {most:.0f} seconds at most", flush=True)
+            print(f"==> {part}", file=log, flush=True)
+            found = carried_out(command, most if part != "run" else max(LEAST, most - 10), log, environment)
+            report.add(part, {"ok": found["status"] == 0} | found)
+            print(f"    {'ok' if report.held['parts'][part]['ok'] else 'FAILED'}, {found['seconds']:.0f} s{', stopped ' + found['stopped'] if 'stopped' in found else ''}", flush=True)
+    print(f"{'all parts that began passed' if report.ok else 'NOT ALL PARTS PASSED, OR NONE BEGAN'}; {time.monotonic() - began:.0f} s; {out}, {named(report.held['machine'])}")
+    return 0 if report.ok else 1
+
+
+def record(out: Path) -> None:
+    "What a check has measured, into nbs/results/ under the name of its GPU, with date and version; and the page."
+    from measure import named, page
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    if report["rehearsal"]: raise SystemExit(f"{out} holds a rehearsal, whose numbers mean nothing.")
+    held = configparser.ConfigParser(interpolation=None)
+    held.read(ROOT / "settings.ini", encoding="utf-8")
+    about = {"date": report["date"], "version": held["DEFAULT"]["version"], "commit": report["commit"]}
+    for part, kind in {"layer": "quantizer", "kernels": "kernels", "step": "step", "steps": "steps"}.items():
+        if not report["parts"].get(part, {}).get("ok"): continue
+        found = json.loads((out / f"{kind}.json").read_text(encoding="utf-8"))
+        target = ROOT / "nbs" / "results" / f"{kind}_{named(report['machine'])}.json"
+        target.write_text(json.dumps(about | found, indent=1) + "\n", encoding="utf-8")
+        print(f"wrote {target}")
+    page()
 
 
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--device", default="cuda", help="cpu only shows that this script runs")
-    options.add_argument("--preset", choices=list(PRESETS), default="cuda")
-    options.add_argument("--steps", type=int, default=200)
-    options.add_argument("--only", nargs="*", help="some of: tests kernels benchmarks steps compiled")
-    options.add_argument("--out", type=Path, default=ROOT / "gpu-check.json")
+    options.add_argument("--minutes", type=float, default=5, help="for all parts together")
+    options.add_argument("--rehearse", action="store_true", help="on a CPU, at tiny sizes, in Triton's interpreter: shows that the check runs")
+    options.add_argument("--only", nargs="*", choices=list(LIMITS), help="these parts")
+    options.add_argument("--preset", default="cuda", help="of the steps and the run")
+    options.add_argument("--bundle", type=Path, default=ROOT / "gpu-bundle", help="what `make gpu-bundle` made")
+    options.add_argument("--out", type=Path, default=ROOT / "gpu-check", help="folder of the results")
+    options.add_argument("--runs", type=Path, default=ROOT / "runs", help="folder of the full run, which the next check goes on with")
+    options.add_argument("--record", action="store_true", help="put the results in --out into nbs/results/, and nothing else")
+    for name in ("--part", "--device"): options.add_argument(name, help=argparse.SUPPRESS)
+    options.add_argument("--steps", type=int, default=200, help=argparse.SUPPRESS)
     args = options.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        print("PyTorch sees no CUDA device here. This check is for a machine with one (nvidia-smi, and a CUDA build of PyTorch).", file=sys.stderr)
-        return 1
-    parts = {"kernels": lambda: kernels(args.device), "steps": lambda: steps(args.device, args.preset, args.steps, False),
-             "compiled": lambda: steps(args.device, args.preset, args.steps, True), "tests": lambda: tests(args.device), "benchmarks": lambda: benchmarks(args.device)}
-    found = {"machine": hardware(torch.device(args.device)), "commit": commit_of(ROOT), "preset": args.preset}
-    for name, part in parts.items():
-        if args.only and name not in args.only: continue
-        print(f"==> {name}", flush=True)
-        try: found[name] = part()
-        except Exception as error: found[name] = {"ok": False, "error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()[-3000:]}
-        print(f"    {'ok' if found[name]['ok'] else 'FAILED'}", flush=True)
-        args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {args.out}")
-    return int(not all(part["ok"] for part in found.values() if isinstance(part, dict) and "ok" in part))
+    if args.record: record(args.out)
+    elif args.part == "steps": steps(args.device, args.preset, args.steps, args.out)
+    elif args.part == "run": run(args.device, args.preset, args.runs, args.out)
+    else: return check(args)
+    return 0
 
 
 if __name__ == "__main__":

@@ -92,6 +92,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--only-shapes", action="store_true", help="no curves")
+    parser.add_argument("--rehearse", action="store_true", help="tiny shapes; the numbers mean nothing")
     parser.add_argument("--out", type=Path, default=None, help="default: nbs/results/quantizer_<device>.json, and the page")
     args = parser.parse_args()
 
@@ -100,10 +102,13 @@ def main():
         print(shape, {name: f"{1e3 * r['median_s']:.1f} ms, {r['peak_bytes'] / 2**20:.0f} MiB" for name, r in held["training"].items()}, flush=True)
         return held
 
-    shapes = [one(*shape) for shape in SHAPES]
-    curves = {axis: [one(*(value if name == axis else base for name, base in zip("NdK", BASE)), names=("rotvq", "vector_quantize_pytorch")) for value in values]
-              for axis, values in CURVES.items()}
-    save({"machine": machine(args.device), "rounds": args.rounds, "dtype": "float32", "shapes": shapes, "curves": curves}, "quantizer", args.out)
+    result = {"machine": machine(args.device), "rounds": args.rounds, "dtype": "float32", "shapes": [], "curves": {}}
+    for shape in [(64, 4, 32), (64, 40, 32)] if args.rehearse else SHAPES:
+        result["shapes"].append(one(*shape))
+        if args.out: save(result, "quantizer", args.out)                  # what there is, should time run out
+    for axis, values in ({} if args.only_shapes else CURVES).items():
+        result["curves"][axis] = [one(*(value if name == axis else base for name, base in zip("NdK", BASE)), names=("rotvq", "vector_quantize_pytorch")) for value in values]
+    save(result, "quantizer", args.out)
 
 
 if __name__ == "__main__":

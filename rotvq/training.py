@@ -852,7 +852,7 @@ def go_on(
             means = run_epoch(run, *progress)
             for name, learner in learners.items():
                 used, count = learner.watch.read(), (steps - start) * config.batch
-                more = {"seconds": round(used, 1), "memory_gb": peak_memory_gb(device)}
+                more = {"seconds": round(used, 3), "memory_gb": peak_memory_gb(device)}
                 speed = count / max(1e-9, used - before[name])
                 more |= means[name] | {"pictures_per_second": round(speed)}
                 row = new_row(run, name, learner, val_set, epoch, more)

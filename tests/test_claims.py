@@ -85,5 +85,5 @@ def test_every_check_is_on_the_page():
                             "check-proposals", "check-bench", "check-pile", "check-decoder-scale", "check-swing", "check-forces", "check-late",
                             "check-clouds", "check-larger-beta", "check-codes-move", "check-sampled", "check-commitment",
                             "check-decay", "check-residual-levels", "check-nothing-before", "check-optimizers", "check-better-start",
-                            "check-three-lines"}
+                            "check-three-lines", "check-lanes", "check-on-a-gpu"}
     assert not missing - no_claims_of_a_source, missing

@@ -1,4 +1,4 @@
-"""What differs on a GPU: the same answers as on the CPU, and a run with mixed precision."""
+"""What differs on a GPU: the same answers as on the CPU, and a run with mixed precision. `pretend.py` rehearses these tests without one."""
 import dataclasses
 import math
 
@@ -6,15 +6,30 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import pretend                                                           # makes benchmarks/ importable, too
+from pretend import GPU, REHEARSED
 from rotvq import VectorQuantizer, kernels, reflection_trick, rotation_trick, straight_through
 from rotvq.codebook import best_code_definition, nearest_code
-from rotvq.data import SAMPLE
+from rotvq.data import SAMPLE, ImageNet10
 from rotvq.rotation import pullback, pullback_definition
-from rotvq.training import PRESETS, Stopwatch, find_preset, train
+from rotvq.training import PRESETS, Learner, Stopwatch, batches, evaluate, find_preset, rate, train
 from test_estimators import at_angle, explicit, gradient, relative_error
 from test_quantizer import OPTIONS
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available() and not REHEARSED, reason="no CUDA device")
+needs_triton = pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
+ROWS = 20 if REHEARSED else 500                                           # the interpreter takes a millisecond for a row
+LENGTHS = [1, 3, 4, 1000] if REHEARSED else [1, 2, 3, 4, 8, 12, 32, 100, 1000, 4096]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def rehearsal():
+    if REHEARSED: pretend.begin()
+
+
+def leaf_on(device, x: torch.Tensor) -> torch.Tensor:
+    "A leaf of its own: `x.to(device)` may be `x`, and is none where `x` has a gradient."
+    return x.detach().to(device, copy=True).requires_grad_()
 
 
 @pytest.mark.parametrize("trick", [straight_through, rotation_trick, reflection_trick])
@@ -22,50 +37,58 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 def test_estimators_equal_the_cpu(trick, dtype):
     z, q, g = torch.randn(3, 1000, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
     results = []
-    for device in ("cpu", "cuda"):
-        leaf = z.to(device).requires_grad_()
+    for device in ("cpu", GPU):
+        leaf = leaf_on(device, z)
         out = trick(leaf, q.to(device))
-        assert torch.equal(out.cpu(), q)
-        results.append(torch.autograd.grad(out, leaf, g.to(device))[0].cpu())
+        assert out.device.type == torch.device(device).type and torch.equal(out.cpu(), q)
+        out.backward(g.to(device))
+        results.append(leaf.grad.cpu())
     assert_close(*results, rtol=2e-2 if dtype != torch.float32 else 1e-4, atol=1e-4)
 
 
-@pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
+@needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_the_kernels_pass_their_checks_and_are_used(dtype, monkeypatch):
-    for d in (1, 4, 32):
-        assert kernels.search_agrees(d, torch.device("cuda")) and kernels.pullback_agrees(d, dtype, torch.device("cuda"))
-    for d in (1, 3, 32, 100, 1000, 4096):
-        z, q, g = torch.randn(3, 500, d, generator=torch.Generator().manual_seed(d)).to("cuda", dtype)
-        for mirror in (False, True):
-            for gamma in (None, torch.rand(500, device="cuda")):
-                right = pullback_definition(g, z, q, gamma, mirror).double()
-                error = (pullback(g, z, q, gamma, mirror).double() - right).norm(dim=1) / right.norm(dim=1)
-                assert error.max() < max(1e-6, 2 * torch.finfo(dtype).eps)
+@pytest.mark.parametrize("d", LENGTHS)
+def test_the_kernel_of_the_gradient_passes_its_check_and_is_used(d, dtype, monkeypatch):
+    assert kernels.pullback_agrees(d, dtype, GPU)
+    z, q, g = torch.randn(3, ROWS, d, generator=torch.Generator().manual_seed(d)).to("cuda", dtype)
+    scale = torch.rand(ROWS, generator=torch.Generator().manual_seed(d)).to("cuda")
+    for mirror in (False, True):
+        for gamma in (None, scale):
+            right = pullback_definition(g, z, q, gamma, mirror).double()
+            error = (pullback(g, z, q, gamma, mirror).double() - right).norm(dim=1) / right.norm(dim=1)
+            assert error.max() < max(1e-6, 2 * torch.finfo(dtype).eps)
     launches = []
-    monkeypatch.setattr(kernels, "launch_pullback", lambda *args: launches.append(args) or args[0])
+    monkeypatch.setattr(kernels, "launch_pullback", lambda *args: launches.append(args) or args[0].clone())
     pullback(g, z, q, None, False)
     assert len(launches) == 1
 
 
-@pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
-@pytest.mark.parametrize("d, K", [(1, 1), (3, 100), (32, 1000), (32, 257)])
+@needs_triton
+@pytest.mark.parametrize("d, K", [(1, 1), (3, 100), (16, 1000), (32, 1000), (32, 257)])
 def test_the_search_kernel_finds_the_lowest_of_equals(d, K):
+    assert kernels.search_agrees(d, GPU)
     gen = torch.Generator().manual_seed(d)
-    z, codes = (torch.randint(-2, 3, (n, d), generator=gen).float().cuda() for n in (1000, K))
+    z, codes = (torch.randint(-2, 3, (n, d), generator=gen).float().to("cuda") for n in (1000, K))
     for far in (0, 2049):                                                # of which TF32 would lose the last bit
         offset = -0.5 * codes.square().sum(1) * (far == 0)
         exact = best_code_definition(z.double(), codes.double() + far, offset.double(), 2**20)
         assert torch.equal(kernels.launch_search(z, codes + far, offset), exact)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_nearly_opposite_vectors_keep_their_digits(compiled):
-    trick = torch.compile(rotation_trick, fullgraph=True) if compiled else rotation_trick
+@pytest.mark.parametrize("d", [2, 3, 4, 8, 12, 100])
+def test_nearly_opposite_vectors_keep_their_digits(d):
+    "Also where a row lies in several lanes, a column in each."
     for k in range(1, 13):
-        z, q, g = (v.float() for v in at_angle(k, 200, 8, math.pi - math.acos(1 - 10.0**-k)))
-        ours = gradient(trick, z.cuda(), q.cuda(), g.cuda()).cpu()
-        assert relative_error(ours, explicit("rotation", z, q, g)).max() < 1e-5, k
+        z, q, g = (v.float() for v in at_angle(k, ROWS, d, math.pi - math.acos(1 - 10.0**-k)))
+        ours = gradient(rotation_trick, z.cuda(), q.cuda(), g.cuda()).cpu()
+        assert relative_error(ours, explicit("rotation", z, q, g)).max() < 1e-6, k
+
+
+def test_nearly_opposite_vectors_keep_their_digits_in_a_compiled_graph():
+    compiled = torch.compile(rotation_trick, fullgraph=True, **{"backend": "aot_eager"} if REHEARSED else {})
+    z, q, g = (v.float() for v in at_angle(0, ROWS, 8, math.pi - 1e-4))
+    assert relative_error(gradient(compiled, z.cuda(), q.cuda(), g.cuda()).cpu(), explicit("rotation", z, q, g)).max() < 1e-6
 
 
 def test_lookup_and_layer_equal_the_cpu():
@@ -91,26 +114,32 @@ def test_every_kind_of_layer_equals_the_cpu(options):
     twin = VectorQuantizer(16, 300, init="normal", **OPTIONS[options]).cuda()
     twin.load_state_dict(vq.state_dict())
     results = []
-    for net, device in ((vq, "cpu"), (twin, "cuda")):
-        leaf = z.to(device).requires_grad_()
+    for net, device in ((vq, "cpu"), (twin, GPU)):
+        leaf = leaf_on(device, z)
         out = net(leaf, mask.to(device))
         (out.q.square().sum() + out.loss).backward()
-        results.append([out.indices.cpu(), out.q.detach().cpu(), out.loss.detach().cpu(), leaf.grad.cpu()])
+        of_codes = [p.grad.cpu() for p in net.parameters() if p.grad is not None]
+        results.append([out.indices.cpu(), out.q.detach().cpu(), out.loss.detach().cpu(), leaf.grad.cpu(), *of_codes])
+    assert len(results[0]) == len(results[1]) == (5 if vq.learnable and not vq.frozen else 4)
     assert torch.equal(results[0][0], results[1][0])
     assert_close(results[0][1:], results[1][1:], rtol=1e-4, atol=1e-5)
-    assert_close(vq.state_dict(), {k: v.cpu() for k, v in twin.state_dict().items()}, rtol=1e-4, atol=1e-5)
+    assert_close(dict(vq.state_dict()), {k: v.cpu() for k, v in twin.state_dict().items()}, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("learnable", [False, True])
 def test_a_training_step_never_waits_for_the_device(learnable):
     vq = VectorQuantizer(32, 512, learnable=learnable, revive_after=2).cuda()
     z, mask = torch.randn(4, 500, 32, device="cuda", requires_grad=True), torch.rand(4, 500, device="cuda") < 0.8
-    vq(z, mask)
+
+    def step():
+        q, _, loss = vq(z, mask)
+        (q.square().sum() + loss).backward()
+
+    step()                                                               # kernels are checked at their first use, which waits
+    torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for _ in range(3):
-            q, _, loss = vq(z, mask)
-            (q.square().sum() + loss).backward()
+        for _ in range(3): step()
     finally: torch.cuda.set_sync_debug_mode("default")
 
 
@@ -118,8 +147,35 @@ def test_a_run_with_mixed_precision_and_its_clock(tmp_path):
     preset = dataclasses.replace(PRESETS["smoke"], name="tiny", limit=48, precision="bfloat16")
     run = train(preset, ("ste", "rotation"), SAMPLE, tmp_path / "run", quiet=True)
     again = train(preset, ("ste", "rotation"), SAMPLE, tmp_path / "run", resume=True, quiet=True)
-    assert again.rows == run.rows and all(0 < row["seconds"] < 600 for row in run.rows)
+    assert again.rows == run.rows and len(run.rows) == 4
+    seconds = {name: [row["seconds"] for row in run.rows if row["estimator"] == name] for name in run.estimators}
+    for first, second in seconds.values(): assert 0 < first < second < 600    # milliseconds, on a GPU
     assert find_preset("auto").name in ("cuda", "smoke")
-    watch = Stopwatch(torch.device("cuda"))
+
+
+def test_the_stopwatch():
+    watch = Stopwatch(GPU)
     with watch: torch.randn(1000, 1000, device="cuda").mm(torch.randn(1000, 1000, device="cuda"))
-    assert watch.read() > 0
+    once = watch.read()
+    with watch: torch.randn(1000, 1000, device="cuda").sum()
+    assert 0 < once < watch.read() < 600
+
+
+@pytest.mark.parametrize("estimator", ["rotation", "rotation-then-ste"])
+def test_a_training_of_replayed_graphs_equals_one_step_by_step(estimator):
+    "On a GPU each step of `many_trainings.py` is a captured graph; the second estimator is captured anew."
+    from many_trainings import Job, carry_out
+    config = dataclasses.replace(PRESETS["smoke"], limit=64, epochs=3, switch=1, schedule="cosine", warmup=1.0)
+    pictures = tuple(ImageNet10(split, config.size, SAMPLE, config.limit).images.to(GPU) for split in ("train", "val"))
+    job, learner = Job(config, estimator, 0, pictures, GPU), Learner(config, estimator, 0, GPU)
+    carry_out([lambda: job], 1, 600)
+    for epoch in range(config.epochs):
+        learner.begin(epoch)
+        for step, x in enumerate(batches(pictures[0], config, 0, epoch, GPU)): learner.step(x, rate(config, epoch * job.steps + step, job.steps))
+        assert math.isclose(evaluate(learner.model, pictures[1])["mse"], job.rows[epoch]["mse"], rel_tol=1e-3)
+    assert (job.graph is not None) == (GPU.type == "cuda")
+    start = Learner(config, estimator, 0, GPU)
+    flat = lambda net: torch.cat([p.detach().flatten() for p in net.model.parameters()])
+    apart, moved = (flat(job) - flat(learner)).abs().mean(), (flat(learner) - flat(start)).abs().mean()
+    assert apart < 0.1 * moved
+    assert torch.equal(job.model.quantizer.batches, learner.model.quantizer.batches)

@@ -183,8 +183,8 @@ def quantizer(held: dict) -> str:
                       "A lookup, in eval mode; `encode` returns the indices only:", "",
                       *part("lookup", ["rotvq", "rotvq, encode", peer, "plain", BARE], time | {"rotvq, encode / product and argmax": ("rotvq, encode", BARE, "median_s")}),
                       about(held, timed), "",
-                      f"![Time and peak memory of a training step against N, K and d; the other two are at N = 8192, d = 32, K = 1024. {held['machine']['name']}.]"
-                      f"(images/quantizer_{named(held['machine'])}.png)", ""])
+                      *([f"![Time and peak memory of a training step against N, K and d; the other two are at N = 8192, d = 32, K = 1024. {held['machine']['name']}.]"
+                         f"(images/quantizer_{named(held['machine'])}.png)", ""] if held["curves"] else [])])
 
 
 def draw_quantizer(held: dict) -> None:
@@ -312,7 +312,7 @@ def page() -> tuple[str, list]:
         for file in sorted(RESULTS.glob(f"{kind}_*.json")):
             held = json.loads(file.read_text(encoding="utf-8"))
             text += write(held)
-            if figure: figures.append((figure, held))
+            if figure and held.get("curves", True): figures.append((figure, held))
     counted = RESULTS / "traffic.json"
     return text + traffic(json.loads(counted.read_text(encoding="utf-8"))), figures
 
