@@ -162,7 +162,7 @@ def main():
         described = [json.loads(line) for line in args.jobs.read_text(encoding="utf-8").splitlines() if line.strip()]
         lines, speed = carry_out([make(about) for about in described], args.wide, args.seconds)
     else:
-        small = {"preset": "smoke", "limit": 64, "epochs": 2, "switch": 1} if args.rehearse else {"epochs": 4, "switch": 2, "precision": "bfloat16"}
+        small = {"preset": "smoke", "limit": 64, "epochs": 2, "switch": 1} if args.rehearse else {"epochs": 2, "switch": 1, "precision": "bfloat16"}
         described = [{"estimator": name, "seed": seed} | small for seed in range(1 if args.rehearse else 2) for name in ("ste", "rotation", "rotation-then-ste")]
         _, alone = carry_out([make(described[0])], 1, args.seconds)
         lines, speed = carry_out([make(about) for about in described], args.wide, args.seconds)

@@ -307,7 +307,9 @@ def of_machine(name: str, kinds) -> dict:
 def page() -> tuple[str, list]:
     "The text, and what to draw."
     text, figures = INTRO + in_short(of_machine("cpu", ON_CPUS)), []
-    for file in sorted(RESULTS.glob("kernels_*.json")): text += in_short_on(of_machine(file.stem.removeprefix("kernels_"), ("quantizer", "step", "kernels", "steps")))
+    for file in sorted(RESULTS.glob("kernels_*.json")):
+        name, kinds = file.stem.removeprefix("kernels_"), ("quantizer", "step", "kernels", "steps")
+        if all((RESULTS / f"{kind}_{name}.json").exists() for kind in kinds): text += in_short_on(of_machine(name, kinds))
     for kind, (write, figure) in SECTIONS.items():
         for file in sorted(RESULTS.glob(f"{kind}_*.json")):
             held = json.loads(file.read_text(encoding="utf-8"))
