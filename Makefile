@@ -79,7 +79,7 @@ test-integrations: $(VENV)/integrations-ready
 
 # Without the tests of the project itself, which need nbdev.
 test-oldest: $(OLDEST)/ready
-	@PATH="$(CURDIR)/$(OLDEST)/bin:$$PATH" python -m pytest $(foreach t,project claims mutations explorables playground compatibility site jupyterlab,--ignore tests/test_$(t).py)
+	@PATH="$(CURDIR)/$(OLDEST)/bin:$$PATH" python -m pytest $(foreach t,project gpu_check claims mutations explorables playground compatibility site jupyterlab,--ignore tests/test_$(t).py)
 
 gpu-check: $(VENV)/dev-ready
 	@$(BIN)/python benchmarks/gpu_check.py --minutes $(or $(MINUTES),5)

@@ -55,8 +55,9 @@ def source(kind: str, d: int, dtype: torch.dtype, mirror: bool, warp: int) -> tu
 def stamp() -> str:
     "Of the kernels' source and of how they are compiled: another one than in the file means that the file is old."
     kinds = kernels.power_of_two, kernels.exponent, kernels.pullback_kernel, kernels.search_kernel
-    options = [source(*job, 32)[1] | {"grid": source(*job, 32)[0].constants} for job in JOBS.values()]
-    return hashlib.sha256(repr([[inspect.getsource(kernel.fn) for kernel in kinds], options]).encode()).hexdigest()[:12]
+    options = [kernels.pullback_options(d, dtype) if kind == "pullback" else kernels.search_options(d) for kind, d, dtype, _ in JOBS.values()]
+    said = [inspect.getsource(kernel.fn) for kernel in kinds] + [f"{name}: {value}" for held in options for name, value in held.items()]
+    return hashlib.sha256("\n".join(said).encode()).hexdigest()[:12]
 
 
 EXCHANGES = re.compile("SHFL|v_mov_b32_dpp|ds_swizzle|ds_bpermute|ds_permute|v_permlane")   # a number from another lane
