@@ -64,12 +64,13 @@ train: $(VENV)/train-ready
 	@$(BIN)/rotvq train
 
 # The real pictures where ROTVQ_DATA names them, else the bundled sample: tests never download. The notebooks run in nbs/,
-# so a relative folder is made absolute first; two at a time, with one thread each.
+# so a relative folder is made absolute first. Notebooks and files of tests run two at a time, with one thread each.
 test: $(VENV)/dev-ready
 	@set -e; PATH="$(CURDIR)/$(BIN):$$PATH"; export PATH ROTVQ_PRESET=smoke ROTVQ_CACHE="$(CURDIR)/$(VENV)/cache" ROTVQ_DATA="$${ROTVQ_DATA:-sample}"; \
 	if [ -d "$$ROTVQ_DATA" ]; then ROTVQ_DATA=$$(cd "$$ROTVQ_DATA" && pwd); fi; \
-	echo "==> executing the notebooks (pictures: $$ROTVQ_DATA)"; OMP_NUM_THREADS=1 nbdev_test --n_workers 2 --do_print --timing; \
-	echo "==> pytest"; python -m pytest
+	export OMP_NUM_THREADS=1; \
+	echo "==> executing the notebooks (pictures: $$ROTVQ_DATA)"; nbdev_test --n_workers 2 --do_print --timing; \
+	echo "==> pytest"; python -m pytest -n 2 --dist loadfile
 
 test-site: quarto $(VENV)/dev-ready
 	@PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest tests/test_site.py

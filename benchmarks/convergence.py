@@ -116,7 +116,7 @@ def main():
     options.add_argument("--collect", action="store_true", help="only gather what is finished")
     args = options.parse_args()
     device = best_device().type
-    results = ROOT / "nbs" / "results" / f"imagenet10_{'convergence' if args.preset == 'cpu' else named(machine(device))}.json"
+    results = ROOT / "nbs" / "results" / f"imagenet10_{'convergence' if args.preset == 'cpu' else 'full_' + named(machine(device))}.json"
     source = imagenet10(args.data)
     if source == SAMPLE: raise SystemExit("This experiment needs ImageNet-10: name its folder with --data.")
     for seed in args.seeds:

@@ -8,9 +8,10 @@ trainings at once, and as many epochs of the full run as the rest of the time al
 and its result is on disk at once: at most eight files in gpu-check/, of which report.json says what began, passed and took how long.
 Exits with 0 only if some part began and all that began passed.
 
-Runs from the source tree with Python 3.10 and PyTorch; no network is needed. What else is missing comes from gpu-bundle/, which
-`make gpu-bundle` fills elsewhere: packages (installed into .gpu-site/) and pictures (unpacked into data/). `--record` puts the results
-of a check into nbs/results/, named after the GPU, and makes the page of benchmarks anew.
+Runs from the source tree with Python 3.10 and PyTorch with torchvision; no network is needed. What else is missing comes from
+gpu-bundle/, which `make gpu-bundle` fills elsewhere: packages (installed into .gpu-site/) and pictures (unpacked into data/). The full
+run takes these, or those of ROTVQ_DATA, else the bundled sample, and the report says which. `--record`, in a clone of the repository,
+puts the results of a check into nbs/results/, named after the GPU, and makes the page of benchmarks anew.
 """
 import argparse
 import configparser
@@ -33,7 +34,8 @@ SITE = ROOT / ".gpu-site"
 FILES = ("report.json", "log.txt", "tests.txt", "quantizer.json", "kernels.json", "step.json", "steps.json", "metrics.jsonl")
 # the most seconds that a part takes of a check of five minutes; `run` gets what is left
 LIMITS = {"tests": 110, "layer": 40, "kernels": 40, "step": 40, "steps": 45, "together": 40, "run": None}
-LEAST = 10                                                                # seconds; with less left a part does not begin
+LEAST = {"run": 45}                                                       # seconds; with less left (else 10) a part does not begin
+NO_TIME = 75                                                              # exit status of a run that had no time for an epoch
 
 
 # Before anything is imported that may be missing
@@ -63,7 +65,9 @@ def install(bundle: Path) -> None:
         command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--disable-pip-version-check", "--target", SITE]
         subprocess.run([*command, *(wheels[name] for name in lacking)], check=True)
         importlib.invalidate_caches()
-    if missing := absent(needed()):
+    missing = absent(needed())
+    if {"torchvision", "numpy", "pillow"} & {*missing}: raise SystemExit(f"Missing: {', '.join(missing)}. Install torchvision, of the build of your PyTorch; numpy and pillow come with it.")
+    if missing:
         raise SystemExit(f"Missing: {', '.join(missing)}. Install them, or run `make gpu-bundle` where there is a network and put its gpu-bundle/ into {bundle}.")
 
 
@@ -73,7 +77,7 @@ def unpack(bundle: Path) -> Path | None:
     for archive in archives:
         done = ROOT / "data" / f".{archive.name}-{archive.stat().st_size}"
         if done.exists(): continue
-        with tarfile.open(archive) as held: held.extractall(ROOT / "data", filter="data")
+        with tarfile.open(archive) as held: held.extractall(ROOT / "data", **{"filter": "data"} if hasattr(tarfile, "data_filter") else {})
         done.touch()
     about = bundle / "bundle.json"
     return ROOT / "data" / json.loads(about.read_text(encoding="utf-8"))["folder"] if archives and about.exists() else None
@@ -94,7 +98,7 @@ def commands(out: Path, device: str, rehearse: bool, args) -> dict[str, list]:
             "kernels": script("kernels", *tiny, "--out", out / "kernels.json"),
             "step": script("step", "--device", device, "--preset", preset, "--rounds", "2" if rehearse else "15", "--out", out / "step.json"),
             "steps": inner("steps", "--steps", "3" if rehearse else "200"),
-            "together": script("many_trainings", *tiny, "--seconds", "60" if rehearse else "20"),
+            "together": script("many_trainings", *tiny, "--seconds", "60" if rehearse else "20", "--speed", out / "together.json"),
             "run": inner("run", "--runs", args.runs.resolve())}
 
 
@@ -178,6 +182,8 @@ def run(device: str, preset: str, runs: Path, out: Path) -> None:
     from rotvq.data import Source, imagenet10
     from rotvq.runs import Stopped
     from rotvq.training import PRESETS, train
+    def too_soon(*_): raise SystemExit(NO_TIME)
+    signal.signal(signal.SIGTERM, too_soon)                               # before the training listens itself
     source = imagenet10(os.environ.get("ROTVQ_DATA"), download=False)
     config, folder = dataclasses.replace(PRESETS[preset], switch=1 if preset == "smoke" else 5), runs / f"gpu-check-{preset}-{source.name}"
     print(f"pictures: {source.name}, {source.root}", flush=True)
@@ -185,7 +191,7 @@ def run(device: str, preset: str, runs: Path, out: Path) -> None:
     except Stopped as stopped: print(f"stopped in {stopped}", flush=True)
     finally:
         if (folder / "metrics.jsonl").exists(): shutil.copy(folder / "metrics.jsonl", out / "metrics.jsonl")
-    if not (folder / "metrics.jsonl").exists(): raise SystemExit("no epoch was finished")
+    if not (folder / "metrics.jsonl").exists(): raise SystemExit(NO_TIME)
 
 
 # All of them
@@ -227,6 +233,21 @@ def carried_out(command: list, limit: float, log, environment: dict) -> dict:
     return found | {"status": process.wait(), "seconds": round(time.monotonic() - began, 1)}
 
 
+def measured(part: str, out: Path) -> dict:
+    "Where the result of a part is, or the result itself."
+    files = {"tests": "tests.txt", "layer": "quantizer.json", "kernels": "kernels.json", "step": "step.json", "steps": "steps.json", "run": "metrics.jsonl", "together": "together.json"}
+    file = out / files[part]
+    if not file.exists(): return {}
+    if part == "together":                                                # a line, which needs no file of its own
+        held = json.loads(file.read_text(encoding="utf-8"))
+        file.unlink()
+        return {"result": held}
+    if part != "run": return {"file": file.name}
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    print(f"    pictures: {rows[0]['data']}, {max(row['epoch'] for row in rows)} epochs", flush=True)
+    return {"file": file.name, "pictures": rows[0]["data"], "epochs": max(row["epoch"] for row in rows)}
+
+
 def check(args) -> int:
     began = time.monotonic()
     install(args.bundle)
@@ -253,13 +274,17 @@ def check(args) -> int:
             if args.only and part not in args.only: continue
             left = 60 * args.minutes - (time.monotonic() - began)
             most = left if LIMITS[part] is None or args.rehearse else min(left, LIMITS[part] * args.minutes / 5)   # a CPU may be slow
-            if left < LEAST:
+            if left < LEAST.get(part, 10):
                 report.add(part, {"began": False, "why": "no time was left"})
                 continue
             print(f"==> {part}, {most:.0f} seconds at most", flush=True)
             print(f"==> {part}", file=log, flush=True)
-            found = carried_out(command, most if part != "run" else max(LEAST, most - 10), log, environment)
-            report.add(part, {"ok": found["status"] == 0} | found)
+            found = carried_out(command, most if part != "run" else most - 10, log, environment)
+            if part == "run" and found["status"] == NO_TIME:
+                report.add(part, found | {"began": False, "why": "no time for an epoch"})
+                print("    no time for an epoch", flush=True)
+                continue
+            report.add(part, {"ok": found["status"] == 0} | found | measured(part, out))
             print(f"    {'ok' if report.held['parts'][part]['ok'] else 'FAILED'}, {found['seconds']:.0f} s{', stopped ' + found['stopped'] if 'stopped' in found else ''}", flush=True)
     print(f"{'all parts that began passed' if report.ok else 'NOT ALL PARTS PASSED, OR NONE BEGAN'}; {time.monotonic() - began:.0f} s; {out}, {named(report.held['machine'])}")
     return 0 if report.ok else 1
@@ -272,13 +297,15 @@ def record(out: Path) -> None:
     if report["rehearsal"]: raise SystemExit(f"{out} holds a rehearsal, whose numbers mean nothing.")
     held = configparser.ConfigParser(interpolation=None)
     held.read(ROOT / "settings.ini", encoding="utf-8")
-    about = {"date": report["date"], "version": held["DEFAULT"]["version"], "commit": report["commit"]}
+    about = {"date": report["date"], "version": held["DEFAULT"]["version"], "commit": report["commit"] or (report["bundle"] or {}).get("commit")}
     for part, kind in {"layer": "quantizer", "kernels": "kernels", "step": "step", "steps": "steps"}.items():
         if not report["parts"].get(part, {}).get("ok"): continue
         found = json.loads((out / f"{kind}.json").read_text(encoding="utf-8"))
         target = ROOT / "nbs" / "results" / f"{kind}_{named(report['machine'])}.json"
+        before = json.loads(target.read_text(encoding="utf-8")) if target.exists() else {}
         target.write_text(json.dumps(about | found, indent=1) + "\n", encoding="utf-8")
-        print(f"wrote {target}")
+        print(f"wrote {target}{', in the place of one of ' + before.get('date', 'another day') if before else ''}")
+        if before.get("curves") and not found.get("curves"): print("    (that one had curves: `python benchmarks/quantizer.py` measures them)")
     page()
 
 
@@ -287,7 +314,7 @@ def main() -> int:
     options.add_argument("--minutes", type=float, default=5, help="for all parts together")
     options.add_argument("--rehearse", action="store_true", help="on a CPU, at tiny sizes, in Triton's interpreter: shows that the check runs")
     options.add_argument("--only", nargs="*", choices=list(LIMITS), help="these parts")
-    options.add_argument("--preset", default="cuda", help="of the steps and the run")
+    options.add_argument("--preset", default="cuda", help="of the training steps and the run")
     options.add_argument("--bundle", type=Path, default=ROOT / "gpu-bundle", help="what `make gpu-bundle` made")
     options.add_argument("--out", type=Path, default=ROOT / "gpu-check", help="folder of the results")
     options.add_argument("--runs", type=Path, default=ROOT / "runs", help="folder of the full run, which the next check goes on with")

@@ -111,9 +111,15 @@ class Job(Learner):
     def line(self) -> dict: return self.about | {"config": dataclasses.asdict(self.config), "seconds": round(time.monotonic() - self.began, 2), "ended": self.ended, "rows": self.rows}
 
 
-def carry_out(waiting: list, wide: int, seconds: float) -> tuple[list[dict], float]:
-    "The lines of all jobs that began, and the pictures a second of their training. `waiting`: functions that make a job."
+def carry_out(waiting: list, wide: int, seconds: float, out: Path | None = None) -> tuple[list[dict], float]:
+    "The lines of all jobs that began, and the pictures a second of their training. `waiting`: functions that make a job, taken from it."
     until, live, lines, pictures, spent = time.monotonic() + seconds, [], [], 0, 0.0
+
+    def keep(jobs: list[Job]) -> None:
+        lines.extend(job.line() for job in jobs)
+        if out is None: return
+        with open(out, "a", encoding="utf-8") as file: file.writelines(json.dumps(job.line()) + "\n" for job in jobs)
+
     while (waiting or live) and time.monotonic() < until:
         while waiting and len(live) < wide: live.append(waiting.pop(0)())
         for job in live: job.begin_epoch()
@@ -124,9 +130,10 @@ def carry_out(waiting: list, wide: int, seconds: float) -> tuple[list[dict], flo
             if job.stream: job.stream.synchronize()
         spent, pictures = spent + time.monotonic() - began, pictures + sum(job.steps * job.batch for job in live)
         for job in live: job.end_epoch()
-        lines += [job.line() for job in live if job.ended]
+        keep([job for job in live if job.ended])
         live = [job for job in live if not job.ended]
-    return lines + [job.line() for job in live], pictures / max(spent, 1e-9)
+    keep(live)
+    return lines, pictures / max(spent, 1e-9)
 
 
 class Makers:
@@ -153,23 +160,27 @@ def main():
     options.add_argument("--wide", type=int, default=8)
     options.add_argument("--seconds", type=float, default=600)
     options.add_argument("--rehearse", action="store_true")
-    options.add_argument("--out", type=Path)
+    options.add_argument("--out", type=Path, help="a line for each job that has ended, or was alive at the end of the time")
+    options.add_argument("--speed", type=Path, help="without JOBS: a file for the pictures a second")
     args = options.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() and not args.rehearse else "cpu")
     torch.backends.cudnn.benchmark = True
     make = Makers(SAMPLE if args.rehearse else imagenet10(args.data or os.environ.get("ROTVQ_DATA"), download=False), device)
     if args.jobs:
         described = [json.loads(line) for line in args.jobs.read_text(encoding="utf-8").splitlines() if line.strip()]
-        lines, speed = carry_out([make(about) for about in described], args.wide, args.seconds)
+        waiting = [make(about) for about in described]
+        lines, _ = carry_out(waiting, args.wide, args.seconds, args.out)
     else:
         small = {"preset": "smoke", "limit": 64, "epochs": 2, "switch": 1} if args.rehearse else {"epochs": 2, "switch": 1, "precision": "bfloat16"}
         described = [{"estimator": name, "seed": seed} | small for seed in range(1 if args.rehearse else 2) for name in ("ste", "rotation", "rotation-then-ste")]
         _, alone = carry_out([make(described[0])], 1, args.seconds)
-        lines, speed = carry_out([make(about) for about in described], args.wide, args.seconds)
-        print(json.dumps({"device": device.type, "pictures_per_second": {"one alone": round(alone), f"{len(described)} side by side": round(speed)}}), flush=True)
-    if args.out:
-        with open(args.out, "a", encoding="utf-8") as file: file.writelines(json.dumps(line) + "\n" for line in lines)
-    if not args.jobs and not all(line["ended"] for line in lines): raise SystemExit("no time to end all jobs")
+        waiting = [make(about) for about in described]
+        lines, together = carry_out(waiting, args.wide, args.seconds, args.out)
+        said = json.dumps({"device": device.type, "pictures_per_second": {"one alone": round(alone), f"{len(described)} side by side": round(together)}})
+        print(said, flush=True)
+        if args.speed: args.speed.write_text(said + "\n", encoding="utf-8")
+    unfinished = sum(not line["ended"] for line in lines)
+    if waiting or unfinished: raise SystemExit(f"No time was left: {len(waiting)} jobs did not begin, {unfinished} did not end.")
 
 
 if __name__ == "__main__":

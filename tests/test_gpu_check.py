@@ -35,6 +35,7 @@ def test_the_rehearsal(tmp_path):
     report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
     assert list(report["parts"]) == list(gpu_check.LIMITS) and report["rehearsal"]
     for name, part in report["parts"].items(): assert part["ok"] and part["began"] and part["status"] == 0 and "stopped" not in part, name
+    assert report["parts"]["together"]["result"]["pictures_per_second"] and report["parts"]["run"]["pictures"] == "sample" and report["parts"]["run"]["epochs"] == 2
     assert {file.name for file in (tmp_path / "out").iterdir()} == set(gpu_check.FILES) and len(gpu_check.FILES) <= 8
     counts = (tmp_path / "out" / "tests.txt").read_text(encoding="utf-8")
     assert counts.strip().endswith("passed, 0 failed, 0 skipped") and int(counts.split()[0]) > 40
@@ -94,21 +95,36 @@ def test_the_report_is_whole_after_each_part(tmp_path):
     assert not report.ok
 
 
-def test_results_are_recorded_under_the_name_of_the_gpu(tmp_path, monkeypatch):
-    import measure
-    made = []
-    monkeypatch.setattr(measure, "page", lambda: made.append("page"))
-    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
-    (tmp_path / "nbs" / "results").mkdir(parents=True)
-    shutil.copy(ROOT / "settings.ini", tmp_path)
-    machine = {"device": "cuda", "name": "NVIDIA L4 (24 GB)"}
-    report = {"machine": machine, "rehearsal": False, "date": "2026-01-02", "commit": "abc", "parts": {"kernels": {"began": True, "ok": True}, "step": {"began": True, "ok": False}}}
+def test_results_are_recorded_under_the_name_of_the_gpu(tmp_path):
+    "And the page is made with them: here of a GPU whose rates nobody has entered, with the files of an H200 as its results."
+    project, results = tmp_path / "project", tmp_path / "project" / "nbs" / "results"
+    for name in ("benchmarks", "tools"): shutil.copytree(ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "nbs" / "results", results)
+    (project / "nbs" / "images").mkdir()
+    shutil.copy(ROOT / "settings.ini", project)
+    machine = {"device": "cuda", "name": "NVIDIA B200 (180 GB)", "torch": "2.99", "threads": 4}
+    parts = {"layer": "quantizer", "kernels": "kernels", "step": "step", "steps": "steps"}
+    report = {"machine": machine, "rehearsal": False, "date": "2026-01-02", "commit": None, "bundle": {"commit": "abc"}, "parts": {part: {"began": True, "ok": part != "step"} for part in parts}}
     (tmp_path / "report.json").write_text(json.dumps(report))
-    for name in ("kernels", "step"): (tmp_path / f"{name}.json").write_text(json.dumps({"machine": machine, "search": []}))
-    gpu_check.record(tmp_path)
-    file, = (tmp_path / "nbs" / "results").iterdir()                     # not of the part that failed
-    held = json.loads(file.read_text())
-    assert file.name == "kernels_nvidia-l4-24-gb.json" and held["date"] == "2026-01-02" and held["commit"] == "abc" and held["version"] and held["search"] == [] and made == ["page"]
+    for kind in parts.values():
+        held = json.loads((results / f"{kind}_nvidia-h200.json").read_text(encoding="utf-8"))
+        held = {key: value for key, value in held.items() if key not in ("date", "version", "note")} | {"machine": machine}
+        if kind == "steps": held["eager"]["least seconds"] = held["compiled"]["least seconds"] = None
+        if kind == "quantizer": held["curves"] = {}
+        (tmp_path / f"{kind}.json").write_text(json.dumps(held))
+    record = lambda: subprocess.run([sys.executable, project / "benchmarks" / "gpu_check.py", "--record", "--out", tmp_path], capture_output=True, text=True)
+    done = record()
+    assert done.returncode == 0, done.stderr
+    found = sorted(file.name for file in results.glob("*b200*"))
+    assert found == [f"{kind}_nvidia-b200-180-gb.json" for kind in ("kernels", "quantizer", "steps")]      # not of the part that failed
+    held = json.loads((results / found[0]).read_text(encoding="utf-8"))
+    assert held["date"] == "2026-01-02" and held["commit"] == "abc" and held["version"]
+    report["parts"]["step"]["ok"] = True
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    done = record()
+    page = (project / "nbs" / "benchmarks.qmd").read_text(encoding="utf-8")
+    assert done.returncode == 0 and "in the place of one of 2026-01-02" in done.stdout, done.stderr
+    assert "On an NVIDIA B200 (180 GB)" in page and "{#steps-nvidia-b200-180-gb}" in page and "On an NVIDIA H200" in page
 
 
 def test_pictures_travel_byte_for_byte_in_archives_that_are_a_fair_half_each(tmp_path, monkeypatch):

@@ -147,7 +147,7 @@ def test_nothing_is_checked_while_a_graph_is_captured(monkeypatch, forget):
 
 
 def test_which_search_is_taken():
-    assert kernels.is_faster(64 * 108, 16, 108) and not kernels.is_faster(64 * 108, 17, 108) and not kernels.is_faster(4096, 16, 108)
+    assert kernels.prefers_kernel(64 * 108, 16, 108) and not kernels.prefers_kernel(64 * 108, 17, 108) and not kernels.prefers_kernel(4096, 16, 108)
 
 
 def test_kernels_can_be_turned_off(monkeypatch, forget):

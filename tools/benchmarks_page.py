@@ -70,7 +70,7 @@ STEPS = """
 
 `make gpu-check` takes {count} training steps of the preset `{preset}`, on one batch, as they are and compiled, and looks where the time of
 the device goes. The least is counted from shapes: what the operations of an eager step read and write, at the device's bandwidth. No step
-waits for the device (`torch.cuda.set_sync_debug_mode("error")`).
+was seen to wait for the device, after the tenth (`torch.cuda.set_sync_debug_mode("error")`).
 """
 BARE = "product and argmax"
 NAMES = ["rotvq", "rotvq, compiled", "plain STE", "plain STE, compiled", "rotate_to", "rotate_to, compiled", "batched matrices"]
@@ -117,7 +117,8 @@ def estimators(held: dict) -> str:
              "rotvq, compiled / plain STE": ("rotvq, compiled", "plain STE")}
     rates = [[name, *(f"{x:.1f}" for x in values), f"{statistics.median(values):.1f}"]
              for name, values in ((name, ratios(held, *pair)) for name, pair in pairs.items())]
-    held_most = "Most memory held at one time, in multiples of the size of `z`. The gradient is one; `rotvq` does not copy the value, `q`; what it makes on the way belongs to one block of rows:"
+    held_most = "Most memory held at one time, in multiples of the size of `z`. The gradient is one; `rotvq` does not copy the value, `q`"
+    held_most += "; what it makes on the way belongs to one block of rows:" if named(held["machine"]) == "cpu" else ":"
     return "\n".join([opening(ESTIMATORS, "estimators", held), table(head, times), about(held, timed), "",
                       "How many times the first costs what the second costs:", "", table([*head, "median"], rates), held_most, "",
                       table(head, memory), f"![Time of forward and backward, relative to plain straight-through, on a logarithmic axis; thin lines from quartile to quartile. {held['machine']['name']}.]"
@@ -225,8 +226,9 @@ def steps(held: dict) -> str:
             for key, title in (("eager", "as it is"), ("compiled", "compiled")) if key in held]
     profile, machine = held["profile"], held["machine"]
     shown = [[f"`{row['name']}`", f"{row['ms_a_step']:.2f}", f"{row['calls_a_step']:.0f}"] for row in profile["rows"]]
-    least = 1e3 * held["eager"]["least seconds"]
-    text = f"The least that is counted is {least:.1f} ms. In an eager step the device is busy for {profile['device_ms_a_step']:.1f} ms, by the profiler, with these operators before all others:"
+    least = held["eager"]["least seconds"]                                 # None for a GPU whose rates are not known
+    text = f"The least that is counted is {1e3 * least:.1f} ms. " if least else ""
+    text += f"In an eager step the device is busy for {profile['device_ms_a_step']:.1f} ms, by the profiler, with these operators before all others:"
     end = f"{machine['name']}, PyTorch {machine['torch']}" + (f", rotvq {held['version']} on {held['date']}." if "version" in held else ".") + f" {held.get('note', '')}"
     return "\n".join([STEPS.format(slug=named(machine), **held), table(["", "a step, ms", "pictures a second", "MiB at most", "planned MiB"], rows), text, "",
                       table(["operator", "ms a step", "calls"], shown), end, ""])
@@ -290,13 +292,14 @@ def in_short_on(gpu: dict) -> str:
     share = [row["share_of_copy"] for row in gpu["kernels"]["gradient"] if row["share_of_copy"] and row["shape"][0] * row["shape"][1] > 2**24]
     both = layer("plain", "rotvq")
     step, none = gpu["steps"], gpu["step"]["results"]
+    least = f", and the least that is counted is {1e3 * step['eager']['least seconds']:.1f}" if step["eager"]["least seconds"] else ""
     milliseconds = lambda name: f"{1e3 * none[name]['median_s']:.1f}"
     return f"""
 **On an {name}** ([PyTorch {gpu["quantizer"]["machine"]["torch"]}](#quantizer-{slug})) the layer is about as fast as the other library's, and slower than a plain one:
 
 - A training step of the layer takes {span(layer("rotvq", peer))} of the time of `{peer}` at the four shapes, with {span(layer("rotvq", peer, "peak_bytes"))} of its memory. A plain layer with straight-through, of ten lines, takes {span(both)} of ours: it is {span([1 / x for x in both], one)} times as fast.
-- The gradient's kernel alone moves its bytes at {span(share)} of the rate of a copy. The search kernel takes {span(slower, one)} times as long as `addmm` and `argmax` for vectors of 32 numbers and more, and {span(about_equal, one)} times for shorter ones; it is chosen for up to 16 numbers ([where this is measured](85_gpu.ipynb#on-a-gpu)).
-- A training step at the preset `cuda` takes {1e3 * step["eager"]["seconds a step"]:.1f} ms, {1e3 * step["compiled"]["seconds a step"]:.1f} compiled, and the device is busy for {step["profile"]["device_ms_a_step"]:.1f} of them; the least that is counted is {1e3 * step["eager"]["least seconds"]:.1f}. Side by side: {milliseconds("none")} ms without a quantizer, {milliseconds("rotation")} with ours, {milliseconds(peer)} with `{peer}`.
+- The gradient's kernel moves its bytes at {span(share)} of the rate of a copy, for 2²⁵ numbers and more{", the launch included" if "note" in gpu["kernels"] else ""}. The search kernel takes {span(slower, one)} times as long as `addmm` and `argmax` for vectors of 32 numbers and more, and {span(about_equal, one)} times for shorter ones; it is chosen for up to 16 numbers ([where this is measured](85_gpu.ipynb#on-a-gpu)).
+- A training step at the preset `cuda` takes {1e3 * step["eager"]["seconds a step"]:.1f} ms, {1e3 * step["compiled"]["seconds a step"]:.1f} compiled; in an eager one the device is busy for {step["profile"]["device_ms_a_step"]:.1f}{least}. Side by side: {milliseconds("none")} ms without a quantizer, {milliseconds("rotation")} with ours, {milliseconds(peer)} with `{peer}`.
 """
 
 
