@@ -262,7 +262,7 @@ def check(args) -> int:
         return 1
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    for name in FILES: (out / name).unlink(missing_ok=True)
+    for name in (*FILES, "together.json"): (out / name).unlink(missing_ok=True)   # of an earlier check
     about = args.bundle / "bundle.json"
     report = Report(out, {"machine": machine(device), "rehearsal": args.rehearse, "minutes": args.minutes, "date": time.strftime("%Y-%m-%d"), "commit": commit_of(ROOT),
                           "bundle": json.loads(about.read_text(encoding="utf-8")) if about.exists() else None})
