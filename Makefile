@@ -7,7 +7,7 @@ OLDEST := .venv-oldest
 PIP_FLAGS := --disable-pip-version-check -q --config-settings editable_mode=compat
 PACKAGE := settings.ini setup.py pyproject.toml
 
-.PHONY: help train test test-site test-integrations test-oldest gpu-check gpu-bundle full lab docs quarto export notebooks dist release-check clean
+.PHONY: help train test test-site test-peer test-integrations test-oldest gpu-check gpu-bundle full lab docs quarto export notebooks dist release-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make test               all notebooks and tests"
 	@echo "make test-site          the rendered site, page by page, in Chromium (needs Quarto)"
 	@echo "make test-integrations  ONNX, Lightning, accelerate, diffusers, transformers (installs them into .venv)"
+	@echo "make test-peer          the own tests of vector_quantize_pytorch with this layer in the place of theirs (fetches them)"
 	@echo "make test-oldest        the tests of the package with the oldest versions that settings.ini allows"
 	@echo "make gpu-check          on a machine with a GPU, five minutes: tests, benchmarks, steps, the start of the full run, into gpu-check/"
 	@echo "make gpu-bundle         what that check needs on a machine without network, into gpu-bundle/"
@@ -74,6 +75,12 @@ test: $(VENV)/dev-ready
 
 test-site: quarto $(VENV)/dev-ready
 	@PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest tests/test_site.py
+
+# PEER: a clone of that repository
+PEER ?= $(VENV)/vector-quantize-pytorch
+test-peer: $(VENV)/dev-ready
+	@[ -d "$(PEER)" ] || git clone -q --depth 1 https://github.com/lucidrains/vector-quantize-pytorch "$(PEER)"
+	@PYTHONPATH=tests/peer $(BIN)/python -m pytest -p adapter -p no:cacheprovider --rootdir "$(PEER)" -rs "$(PEER)/tests/test_readme.py"
 
 test-integrations: $(VENV)/integrations-ready
 	@$(BIN)/python -m pytest tests/integrations

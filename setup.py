@@ -25,7 +25,7 @@ setup(
     license="Apache-2.0",
     packages=["rotvq"],
     py_modules=["rotvq_command"],
-    package_data={"rotvq": ["sample/*.md", "sample/*/*/*.jpg", "pretrained/*", "judge/*"]},
+    package_data={"rotvq": ["py.typed", "sample/*.md", "sample/*/*/*.jpg", "pretrained/*", "judge/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require=extras,

@@ -31,6 +31,7 @@ JOBS |= {f"pullback, d = {d}, {dtype}".replace("torch.", ""): ("pullback", d, dt
          for d, dtype in ((4, torch.bfloat16), (32, torch.bfloat16), (4, torch.float64), (32, torch.float64), (4096, torch.float64))}
 JOBS |= {f"mirror and γ, d = {d}, float16": ("pullback", d, torch.float16, True) for d in (4, 32)}
 JOBS |= {f"search, d = {d}": ("search", d, torch.float32, False) for d in (4, 16, 32)}
+JOBS |= {f"differences, d = {d}": ("differences", d, torch.float32, False) for d in (4, 32, 256)}
 
 
 def source(kind: str, d: int, dtype: torch.dtype, mirror: bool, warp: int) -> tuple[ASTSource, dict]:
@@ -40,13 +41,16 @@ def source(kind: str, d: int, dtype: torch.dtype, mirror: bool, warp: int) -> tu
         kernel, const = kernels.pullback_kernel, kernels.pullback_options(d, dtype, warp) | {"mirror": mirror, "has_gamma": mirror}
         types = {"g": name, "z": name, "q": name, "out": name, "gamma": "*fp32", "n": number, "d": number}
         if not mirror: const["gamma"] = None
+    elif kind == "differences":
+        kernel, const = kernels.differences_kernel, kernels.differences_options(d)
+        types = {key: name for key in ("z", "codes", "origin")} | {"indices": "*i64", "out": "*i64", "n": number, "K": number, "d": number, "rough": "fp32"}
     else:
         kernel, const = kernels.search_kernel, kernels.search_options(d, warp)
         types = {"z": name, "codes": name, "offset": name, "out": "*i64", "n": number, "K": number, "d": number}
     options = {key: const.pop(key) for key in ("num_warps", "num_stages", "enable_fp_fusion") if key in const}
     names = kernel.arg_names
     signature = {k: "constexpr" if k in const else types[k] for k in names}
-    whole = lambda k: k != "n" and (k != "d" or d % 16 == 0)              # what a launch finds out; K is a multiple most of the time
+    whole = lambda k: k not in ("n", "rough") and (k != "d" or d % 16 == 0)              # what a launch finds out; K is a multiple most of the time
     aligned = {(i,): [["tt.divisibility", 16]] for i, k in enumerate(names) if k not in const and whole(k)}
     constexprs = {(names.index(k),): v for k, v in const.items()}
     return ASTSource(kernel, signature=signature, constexprs=constexprs, attrs=aligned), options
@@ -54,8 +58,9 @@ def source(kind: str, d: int, dtype: torch.dtype, mirror: bool, warp: int) -> tu
 
 def stamp() -> str:
     "Of the kernels' source and of how they are compiled: another one than in the file means that the file is old."
-    kinds = kernels.power_of_two, kernels.exponent, kernels.pullback_kernel, kernels.search_kernel
-    options = [kernels.pullback_options(d, dtype) if kind == "pullback" else kernels.search_options(d) for kind, d, dtype, _ in JOBS.values()]
+    kinds = kernels.power_of_two, kernels.exponent, kernels.pullback_kernel, kernels.search_kernel, kernels.differences_kernel
+    of = {"pullback": kernels.pullback_options, "search": lambda d, _: kernels.search_options(d), "differences": lambda d, _: kernels.differences_options(d)}
+    options = [of[kind](d, dtype) for kind, d, dtype, _ in JOBS.values()]
     said = [inspect.getsource(kernel.fn) for kernel in kinds] + [f"{name}: {value}" for held in options for name, value in held.items()]
     return hashlib.sha256("\n".join(said).encode()).hexdigest()[:12]
 

@@ -3,10 +3,10 @@ import numpy as np
 import torch
 
 from rotvq import kernels
-from rotvq.codebook import best_code, best_code_definition
+from rotvq.codebook import best_code, best_code_definition, by_differences
 from rotvq.rotation import pullback
 
-used = {"pullback": 0, "search": 0}
+used = {"pullback": 0, "search": 0, "differences": 0}
 
 
 def fma(builder, x, y, z):
@@ -31,3 +31,8 @@ def kernels_on_the_cpu() -> None:
         if z.dtype != torch.float32 or z.shape[1] > kernels.LONGEST_SEARCH: return best_code_definition(z, codes, offset, tile)
         used["search"] += 1
         return kernels.launch_search(z, codes, offset)
+
+    @by_differences.register_kernel("cpu")
+    def _(z, codes, origin, indices, tile):
+        used["differences"] += 1
+        return kernels.launch_differences(z, codes, origin, indices)

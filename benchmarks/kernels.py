@@ -56,6 +56,7 @@ def trust(device: str) -> dict:
     "Whether each kernel passes its check at first use; one that does not is replaced by its definition."
     verdicts = {f"pullback, d = {d}, {str(dtype).removeprefix('torch.')}": kernels.pullback_agrees(d, dtype, device)
                 for d in sorted({3, 8, 12, *(d for _, d in GRADIENTS)}) for dtype in (torch.float32, torch.bfloat16)}
+    verdicts |= {f"differences, d = {d}": kernels.differences_agree(d, torch.float32, device) for d in (4, 32, 256)}
     return verdicts | {f"search, d = {d}": kernels.search_agrees(d, device) for d in (4, 16, 32)}
 
 

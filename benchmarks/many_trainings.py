@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from rotvq import learn_after
 from rotvq.data import SAMPLE, ImageNet10, imagenet10
 from rotvq.training import PRESETS, Config, Learner, evaluate, order_of, rate, steps_in_epoch, to_float
 
@@ -44,6 +45,7 @@ class Job(Learner):
         self.rates = torch.tensor([*rates, rates[-1]], device=device)
         self.rate = self.rates[0].clone()
         self.opt = torch.optim.AdamW(self.model.parameters(), self.rate, (0.9, 0.99), weight_decay=config.weight_decay, fused=True, capturable=device.type == "cuda")
+        learn_after(self.model, self.opt)
         self.done, self.inside = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))   # steps, of all and of this epoch
         self.order = torch.zeros(self.steps, self.batch, dtype=torch.int64, device=device)
         self.flips = torch.zeros(self.steps, self.batch, dtype=torch.bool, device=device)

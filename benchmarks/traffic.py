@@ -17,8 +17,8 @@ from vector_quantize_pytorch import VectorQuantize
 from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to
 
 from measure import ROOT, page
-from rotvq import VectorQuantizer, cpu, kernels, rotation_trick
-from rotvq.codebook import best_code_definition, code_sums
+from rotvq import VectorQuantizer, codebook, cpu, kernels, rotation_trick
+from rotvq.codebook import best_code_definition, by_differences_definition, code_sums
 from rotvq.quantizer import quantization_loss
 from rotvq.rotation import pullback_definition, pullback_formula, rounding
 
@@ -55,7 +55,7 @@ class Traffic(TorchDispatchMode):
         self.bytes += sum(t.numel() * t.element_size() for t in tree_leaves(tensors) if isinstance(t, torch.Tensor))
 
 
-PULLBACK, BEST_CODE = torch.ops.rotvq.pullback.default, torch.ops.rotvq.best_code.default
+PULLBACK, BEST_CODE, BY_DIFFERENCES = (getattr(torch.ops.rotvq, name).default for name in ("pullback", "best_code", "by_differences"))
 PROCESSORS = 132                                                          # of an H100 or H200
 
 
@@ -75,24 +75,34 @@ class Kernel:
 def in_tiles(z, codes, offset, tile): return best_code_definition(z, codes, offset, 2**24)
 
 
+def in_no_doubt(z, codes, origin, indices, tile):
+    "The question whether a row is to be looked up again, and no such row: which there are depends on the machine's rounding."
+    return by_differences_definition(z, codes, z, indices, tile)
+
+
 def on_gpu(n: int, d: int) -> dict:
     "What a GPU with Triton runs for n vectors of d numbers, by the code that launches it."
     forms = {PULLBACK: kernels.launch_pullback if d <= kernels.LONGEST else pullback_definition}
+    forms |= {BY_DIFFERENCES: lambda z, codes, origin, indices, tile: kernels.launch_differences(z, codes, origin, indices)}
     return forms | {BEST_CODE: (lambda z, codes, offset, tile: kernels.launch_search(z, codes, offset)) if kernels.prefers_kernel(n, d, PROCESSORS) else in_tiles}
 
 
-WITHOUT_TRITON = {PULLBACK: pullback_definition, BEST_CODE: in_tiles}
+WITHOUT_TRITON = {PULLBACK: pullback_definition, BEST_CODE: in_tiles, BY_DIFFERENCES: in_no_doubt}
 APPLE = WITHOUT_TRITON | {PULLBACK: in_float32}
-CPU = {PULLBACK: cpu.pullback_in_blocks, BEST_CODE: cpu.best_code_by_groups}
+CPU = {PULLBACK: cpu.pullback_in_blocks, BEST_CODE: cpu.best_code_by_groups, BY_DIFFERENCES: in_no_doubt}
 
 
 def counted(call, forms: dict, unit: int) -> dict:
     "Kernels, and bytes in multiples of `unit`."
-    real = kernels.pullback_kernel, kernels.search_kernel
+    names = "pullback_kernel", "search_kernel", "differences_kernel"
+    real = [getattr(kernels, name) for name in names]
     with Traffic(forms) as seen:
-        kernels.pullback_kernel = kernels.search_kernel = Kernel(seen)
+        for name in names: setattr(kernels, name, Kernel(seen))
+        at_once, codebook.SUMMED_AT_ONCE = codebook.SUMMED_AT_ONCE, 2**40  # in parts on a CPU only
         try: call()
-        finally: kernels.pullback_kernel, kernels.search_kernel = real
+        finally:
+            codebook.SUMMED_AT_ONCE = at_once
+            for name, kernel in zip(names, real): setattr(kernels, name, kernel)
     return {"kernels": seen.kernels, "bytes": seen.bytes / unit}
 
 

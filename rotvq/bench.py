@@ -65,15 +65,15 @@ class Moment(NamedTuple):
 @contextmanager
 def watching(model: VQVAE, watch: Callable[[Moment], None] | None) -> Iterator[None]:
     "Pass the `Moment` of the training step inside to `watch`."
-    seen, vq = {}, model.quantizer
+    observed, vq = {}, model.quantizer
 
     def before(_, inputs):
         z = rearrange(inputs[0].detach().float(), "b d h w -> (b h w) d")
-        seen.update(z=z, codes=vq.codebook.detach().clone(), idle=vq.idle.clone())
+        observed.update(z=z, codes=vq.codebook.detach().clone(), idle=vq.idle.clone())
 
     def after(_, inputs, output):
-        seen.update(q=output.q.detach(), indices=output.indices.flatten())
-        output.q.register_hook(lambda g: seen.update(g=g))
+        observed.update(q=output.q.detach(), indices=output.indices.flatten())
+        output.q.register_hook(lambda g: observed.update(g=g))
 
     hooks = ()
     if watch:
@@ -84,8 +84,8 @@ def watching(model: VQVAE, watch: Callable[[Moment], None] | None) -> Iterator[N
         for hook in hooks:
             hook.remove()
     if watch:
-        rows = {n: rearrange(seen[n].float(), "b d h w -> (b h w) d") for n in "qg"}
-        watch(Moment(**seen | rows))
+        rows = {n: rearrange(observed[n].float(), "b d h w -> (b h w) d") for n in "qg"}
+        watch(Moment(**observed | rows))
 
 # %% ../nbs/13_bench.ipynb #a6890933
 class Trial(NamedTuple):
@@ -168,11 +168,11 @@ def alignment(
     z = rows(z)
     q = quantized(z)
     before, g = decoded(q)
-    mine = gradient_at_z(estimator, Moment(z, q, g))
-    size = step * (z - q).square().mean().sqrt() / mine.square().mean().sqrt()
-    moved = z - size * mine
+    own = gradient_at_z(estimator, Moment(z, q, g))
+    size = step * (z - q).square().mean().sqrt() / own.square().mean().sqrt()
+    moved = z - size * own
     after, _ = decoded(quantized(moved))
-    cosines = ((unit(mine) * unit(v)).sum(1).mean() for v in (g, decoded(z)[1]))
+    cosines = ((unit(own) * unit(v)).sum(1).mean() for v in (g, decoded(z)[1]))
     return Alignment(*(c.item() for c in cosines), (after / before - 1).item())
 
 # %% ../nbs/13_bench.ipynb #5795a310
@@ -198,8 +198,8 @@ def cost(
             with watch:
                 work()
             round_[which] = watch.read()
-    mine, lookup = times.median(0).values.tolist()
-    return mine / lookup
+    own, lookup = times.median(0).values.tolist()
+    return own / lookup
 
 # %% ../nbs/13_bench.ipynb #a6f82e9b
 def turn_only(z: Tensor, q: Tensor) -> Tensor:

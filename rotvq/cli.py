@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRETRAINED', 'COMMANDS', 'new_folder', 'last_run', 'Train', 'settings_of', 'beginning', 'run_train', 'foretell',
-           'tell', 'checkpoint_folder', 'Eval', 'in_full', 'run_eval', 'Reconstruct', 'run_reconstruct', 'Report',
-           'run_report', 'Data', 'run_data', 'parse', 'main']
+           'print_summary', 'checkpoint_folder', 'Eval', 'in_full', 'run_eval', 'Reconstruct', 'run_reconstruct',
+           'Report', 'run_report', 'Data', 'run_data', 'parse', 'main']
 
 # %% ../nbs/91_cli.ipynb #2c4ebcea
 import argparse
@@ -93,8 +93,8 @@ class Train:
 def settings_of(file: Path) -> Config:
     "The config in a JSON file: its fields, or the run.json of a run."
     try:
-        held = json.loads(Path(file).read_text(encoding="utf-8"))
-        fields = held["run"]["preset"] if "run" in held else held
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
+        fields = content["run"]["preset"] if "run" in content else content
         return Config(**fields)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
@@ -115,9 +115,9 @@ def beginning(argv: list[str]) -> Train:
     out = Path(given.out) if given.out else None
     if given.resume or (given.resume_if_any and out and states_of(out)):
         out = out or last_run()
-        held = load_state(out)["config"]
-        again = dict(estimators=tuple(held["estimators"]), seed=held["seed"], out=out)
-        begun = Train(Config(**held["preset"]), data=held["root"], **again)
+        saved = load_state(out)["config"]
+        again = dict(estimators=tuple(saved["estimators"]), seed=saved["seed"], out=out)
+        begun = Train(Config(**saved["preset"]), data=saved["root"], **again)
     else:
         begun = Train(find_preset("auto"))
     if given.config:
@@ -129,7 +129,7 @@ def beginning(argv: list[str]) -> Train:
 # %% ../nbs/91_cli.ipynb #1f6a8fac
 def run_train(args: Train) -> None:
     "Train, print the table, write the run folder."
-    first, several = os.environ.get("RANK", "0") == "0", "RANK" in os.environ
+    is_main, several = os.environ.get("RANK", "0") == "0", "RANK" in os.environ
     config, names = args.settings, args.estimators
     if args.out is None and several:
         raise ValueError("Several processes need one folder: name it with --out.")
@@ -137,7 +137,7 @@ def run_train(args: Train) -> None:
     source = imagenet10(args.data)
     kind = "compare" if len(names) > 1 else names[0]
     out = args.out or new_folder(Path("runs") / f"{config.name}-{kind}-seed{args.seed}")
-    say = print if first else lambda *words, **options: None
+    say = print if is_main else lambda *words, **options: None
     say(f"preset {config.name}: {config.epochs} epochs at {config.size}×{config.size}")
     say(f"estimators: {', '.join(names)}\npictures: {source.name} ({source.root})")
     say(f"run folder: {out}")
@@ -151,7 +151,7 @@ def run_train(args: Train) -> None:
     except (KeyboardInterrupt, Stopped):
         words = [sys.executable, "-m", "rotvq", "train", "--resume", "--out"]
         saved = f"continue with: {shlex.join([*words, str(out.resolve())])}"
-        if not first:
+        if not is_main:
             raise
         print(
             "\ninterrupted;",
@@ -161,8 +161,8 @@ def run_train(args: Train) -> None:
         if out.exists() and not any(out.iterdir()):
             out.rmdir()
         raise
-    if first:
-        tell(run, source, config)
+    if is_main:
+        print_summary(run, source, config)
 
 # %% ../nbs/91_cli.ipynb #750c3e55
 def foretell(config: Config, source, names: tuple[str, ...]) -> str:
@@ -178,7 +178,7 @@ def foretell(config: Config, source, names: tuple[str, ...]) -> str:
     return describe_plan(plan(config, total + rest, total, world), name) + each
 
 # %% ../nbs/91_cli.ipynb #07c4f4fa
-def tell(run, source, config: Config) -> None:
+def print_summary(run, source, config: Config) -> None:
     "The table, what to think of it, and the pictures."
     table = comparison_table(run.rows)
     print(f"\n{table}\n\non the validation pictures of: {source.name}")
@@ -232,18 +232,19 @@ class Eval:
 
 # %% ../nbs/91_cli.ipynb #f322f40b
 @torch.no_grad()
-def in_full(model: VQVAE, held: ImageNet10) -> dict:
+def in_full(model: VQVAE, dataset: ImageNet10) -> dict:
     "What needs every reconstruction at once."
     device = next(model.parameters()).device
+    chunks = list(torch.arange(len(dataset)).split(128))
     parts = [
         to_float(part.to(device))
-        for part in fetch(held.images, list(torch.arange(len(held)).split(128)), device)
+        for part in fetch(dataset.images, chunks, device)
     ]
     x, x_hat = torch.cat(parts), torch.cat([model(part).x_hat for part in parts])
-    found = perceptual(x, x_hat)
-    if held.classes == judge_classes():  # it knows no others
-        found |= judged(load_judge(), x, x_hat, held.labels)
-    return found
+    measures = perceptual(x, x_hat)
+    if dataset.classes == judge_classes():  # it knows no others
+        measures |= judged(load_judge(), x, x_hat, dataset.labels)
+    return measures
 
 # %% ../nbs/91_cli.ipynb #e805aff2
 def run_eval(args: Eval) -> None:
@@ -252,8 +253,9 @@ def run_eval(args: Eval) -> None:
     size = read_config(folder).get("run", {}).get("preset", {}).get("size", 64)
     source = imagenet10(args.data)
     model = VQVAE.from_pretrained(folder).to(best_device())
-    held = ImageNet10("val", size, source, args.limit)
-    result = evaluate(model, held.images) | (in_full(model, held) if args.full else {})
+    dataset = ImageNet10("val", size, source, args.limit)
+    result = evaluate(model, dataset.images)
+    result |= in_full(model, dataset) if args.full else {}
     result["data"] = source.name
     if args.json:
         known = {k: None if v != v else v for k, v in result.items()}  # NaN is no JSON
@@ -326,8 +328,8 @@ def run_data(args: Data) -> None:
     "Say what there is."
     source = imagenet10(args.root)
     for split in ("train", "val"):
-        held = ImageNet10(split, find_preset("auto").size, source)
-        print(f"{split}: {len(held)} pictures in {len(held.classes)} classes")
+        dataset = ImageNet10(split, find_preset("auto").size, source)
+        print(f"{split}: {len(dataset)} pictures in {len(dataset.classes)} classes")
     print(
         f"{source.name}: {source.root.resolve()}\ndecoded in: {cache_dir() / 'decoded'}"
     )

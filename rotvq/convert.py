@@ -10,15 +10,15 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from .learning import NEVER_CHOSEN
+from .learning import NEVER_CHOSEN, salt_of
 
 # %% ../nbs/86_exchange.ipynb #e3928a3c
-# ours: theirs
+# theirs, in `_codebook.`: ours, in `book.`
 NAMES = {
-    "codebook": "embed",
-    "sums": "embed_avg",
-    "counts": "cluster_size",
-    "ready": "initted",
+    "embed": "codes",
+    "embed_avg": "sums",
+    "cluster_size": "counts",
+    "initted": "ready",
 }
 
 
@@ -33,32 +33,31 @@ def convert_state_dict(
     The layer must have the same distance. Raises `ValueError` for several codebooks and
     for projections."""
     theirs = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
-    held = {ours: theirs.pop(f"_codebook.{name}", None) for ours, name in NAMES.items()}
-    missing = [f"{prefix}_codebook.{NAMES[k]}" for k, v in held.items() if v is None]
+    missing = [name for name in NAMES if f"_codebook.{name}" not in theirs]
     if missing:
-        found = [name for name in state if "_codebook" in name]
+        names = [name for name in state if "_codebook" in name]
         raise ValueError(
-            f"The state has no {missing}. Set prefix to what comes before '_codebook' "
-            f"in "
-            f"{found}."
+            f"The state has no {[f'{prefix}_codebook.{name}' for name in missing]}. "
+            f"Set prefix to what comes before '_codebook' in {names}."
         )
-    if len(held["codebook"]) != 1:
+    ours = {name: theirs.pop(f"_codebook.{old}") for old, name in NAMES.items()}
+    if len(ours["codes"]) != 1:
         raise ValueError(
-            f"The state has {len(held['codebook'])} codebooks; make a VectorQuantizer "
-            f"for "
+            f"The state has {len(ours['codes'])} codebooks; make a VectorQuantizer for "
             "each."
         )
     if prefix and theirs or not prefix and set(theirs) - {"zero"}:
         raise ValueError(
             f"VectorQuantizer has nothing for {sorted(theirs)}; keep these as layers "
-            f"of "
-            "your own."
+            "of your own."
         )
-    for name in ("codebook", "sums", "counts"):
-        held[name] = held[name][0].detach().clone()
-    held["idle"] = torch.full_like(held["counts"], NEVER_CHOSEN, dtype=torch.int64)
-    held["waited"] = torch.zeros_like(held["idle"])
+    for name in ("codes", "sums", "counts"):
+        ours[name] = ours[name][0].detach().clone()
+    ours["idle"] = torch.full_like(ours["counts"], NEVER_CHOSEN, dtype=torch.int64)
+    ours["waited"] = torch.zeros_like(ours["idle"])
+    ours["batches"] = torch.tensor(0)  # learned from by this layer
+    ours["salt"] = salt_of(ours["codes"])
     if learnable:
-        del held["sums"]
+        del ours["sums"]
     others = {k: v for k, v in state.items() if prefix and not k.startswith(prefix)}
-    return others | {prefix + name: value for name, value in held.items()}
+    return others | {f"{prefix}book.{name}": value for name, value in ours.items()}

@@ -68,13 +68,14 @@ def list_pictures(
         names = (
             p for p in (folder / name).rglob("*") if p.suffix.lower() in EXTENSIONS
         )
-        found = sorted(p for p in names if not p.name.startswith(".") and p.is_file())
-        if not found:
+        visible = (p for p in names if not p.name.startswith("."))
+        pictures = sorted(p for p in visible if p.is_file())
+        if not pictures:
             raise DataError(
                 f"{folder / name} has no pictures. Remove the folder or fill it."
             )
-        files += found
-        labels += [label] * len(found)
+        files += pictures
+        labels += [label] * len(pictures)
     return files, labels, classes
 
 # %% ../nbs/09_imagenet10.ipynb #3c1d58ed
@@ -191,11 +192,11 @@ def download_imagenette(
             download_and_extract_archive(
                 url, work, work / "unpacked", "archive.tgz", md5
             )
-        found = [p for p in (work / "unpacked").iterdir() if (p / "train").is_dir()]
-        if not found:
+        folders = [p for p in (work / "unpacked").iterdir() if (p / "train").is_dir()]
+        if not folders:
             raise DataError(f"The archive from {url} holds no folder with train/.")
         try:
-            os.replace(found[0], target)
+            os.replace(folders[0], target)
         except OSError:
             if not target.is_dir():  # else another process was faster
                 raise
@@ -279,9 +280,9 @@ def decode_all(
     when the disk is full."""
     shape = (len(jobs), 3, size, size)
     try:
-        held = np.load(cache, mmap_mode="c")
-        if held.shape == shape:
-            return held
+        pixels = np.load(cache, mmap_mode="c")
+        if pixels.shape == shape:
+            return pixels
     except (OSError, ValueError):
         pass
     with _writable(cache.parent):

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['LONGEST', 'LONGEST_SEARCH', 'verdicts', 'jit', 'processors', 'warp_size', 'power_of_two', 'exponent',
            'pullback_kernel', 'pullback_options', 'launch_pullback', 'search_kernel', 'search_options', 'launch_search',
-           'sample', 'pullback_agrees', 'search_agrees', 'passes', 'trusted', 'pullback_on_gpu', 'prefers_kernel',
-           'best_code_on_gpu']
+           'differences_kernel', 'differences_options', 'launch_differences', 'sample', 'pullback_agrees',
+           'search_agrees', 'differences_agree', 'passes', 'trusted', 'pullback_on_gpu', 'prefers_kernel',
+           'best_code_on_gpu', 'by_differences_on_gpu']
 
 # %% ../nbs/85_gpu.ipynb #589a08c5
 import functools
@@ -17,6 +18,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 from .codebook import best_code, best_code_definition
+from .codebook import by_differences, by_differences_definition
 from .rotation import pullback, pullback_definition
 from .surroundings import exact_products
 
@@ -181,7 +183,7 @@ def search_kernel(
     row = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     column = tl.arange(0, BD)
     inside = (row < n)[:, None] & (column < d)[None, :]
-    held = tl.load(z + row[:, None] * d + column[None, :], mask=inside, other=0.0)
+    vectors = tl.load(z + row[:, None] * d + column[None, :], mask=inside, other=0.0)
     top = tl.full([BN], float("-inf"), tl.float32)
     best = tl.zeros([BN], tl.int32)
     for first in range(0, K, BK):
@@ -189,7 +191,7 @@ def search_kernel(
         bias = tl.load(offset + k, mask=k < K, other=float("-inf"))
         there = (k < K)[None, :] & (column < d)[:, None]
         w = tl.load(codes + k[None, :] * d + column[:, None], mask=there, other=0.0)
-        scores = tl.dot(held, w, tl.broadcast_to(bias[None, :], [BN, BK]), "ieee")
+        scores = tl.dot(vectors, w, tl.broadcast_to(bias[None, :], [BN, BK]), "ieee")
         scores = tl.where(scores == scores, scores, float("-inf"))  # NaN is not nearest
         value, place = tl.max(scores, 1, return_indices=True)  # the leftmost of equals
         best = tl.where(value > top, first + place, best)
@@ -216,6 +218,75 @@ def launch_search(z: Tensor, codes: Tensor, offset: Tensor) -> Tensor:
         with torch.cuda.device_of(z):
             grid = (-(-n // options["BN"]),)
             search_kernel[grid](*tensors, out, n, len(codes), d, **options)
+    return out
+
+# %% ../nbs/85_gpu.ipynb #07979d76
+@jit
+def differences_kernel(
+    z,
+    codes,
+    origin,
+    indices,
+    out,
+    n,
+    K,
+    d,
+    rough,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BD: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    index = tl.load(indices + row, mask=row < n, other=0)
+    found = tl.zeros([BN], z.dtype.element_ty)
+    far = tl.zeros([BN], z.dtype.element_ty)
+    for first in range(0, d, BD):
+        column = first + tl.arange(0, BD)[None, :]
+        inside = (row < n)[:, None] & (column < d)
+        x = tl.load(z + row[:, None] * d + column, mask=inside, other=0.0)
+        c = tl.load(codes + index[:, None] * d + column, mask=inside, other=0.0)
+        o = tl.load(origin + column, mask=inside, other=0.0)
+        found += tl.sum((x - c) * (x - c), 1)
+        far += tl.sum((x - o) * (x - o), 1)
+    doubtful = (found > 0) & (found < rough * far)
+    if tl.max(doubtful.to(tl.int32), 0) > 0:
+        least = tl.full([BN], float("inf"), z.dtype.element_ty)
+        best = tl.zeros([BN], tl.int64)
+        for first in range(0, K, BK):
+            k = first + tl.arange(0, BK)
+            square = tl.zeros([BN, BK], z.dtype.element_ty)
+            for j in range(0, d):
+                x = tl.load(z + row * d + j, mask=row < n, other=0.0)
+                c = tl.load(codes + k * d + j, mask=k < K, other=float("inf"))
+                square += (x[:, None] - c[None, :]) * (x[:, None] - c[None, :])
+            square = tl.where(square == square, square, float("inf"))  # not NaN
+            value, place = tl.min(square, 1, return_indices=True)  # leftmost of equals
+            best = tl.where(value < least, first + place, best)
+            least = tl.minimum(value, least)
+        index = tl.where(doubtful, best, index)
+    tl.store(out + row, index, mask=row < n)
+
+
+def differences_options(d: int) -> dict:
+    "How `differences_kernel` is compiled for vectors of `d` numbers."
+    BD = min(64, max(4, 1 << (d - 1).bit_length()))
+    sizes = dict(BN=16, BK=64, BD=BD)
+    return sizes | dict(num_warps=4, num_stages=1, enable_fp_fusion=False)
+
+
+def launch_differences(
+    z: Tensor, codes: Tensor, origin: Tensor, indices: Tensor
+) -> Tensor:
+    "`by_differences` by `differences_kernel`."
+    n, d = z.shape
+    out, options = torch.empty_like(indices), differences_options(d)
+    tensors = [t.contiguous() for t in (z, codes, origin, indices)]
+    rough = 2**10 * torch.finfo(z.dtype).eps
+    if n:
+        with torch.cuda.device_of(z):
+            grid = (-(-n // options["BN"]),)
+            sizes = n, len(codes), d, rough
+            differences_kernel[grid](*tensors, out, *sizes, **options)
     return out
 
 # %% ../nbs/85_gpu.ipynb #cf3fb18a
@@ -257,11 +328,28 @@ def search_agrees(d: int, device) -> bool:
     for far in (0, 2049):  # takes twelve bits: one more than TF32 has
         offset = -0.5 * codes.square().sum(1) * (far == 0)
         scores = (z[:, None] * (codes + far)).sum(-1) + offset
-        first = (scores == scores.amax(1, keepdim=True)).int().argmax(1)
+        expected = (scores == scores.amax(1, keepdim=True)).int().argmax(1)
         found = launch_search(*(t.to(device) for t in (z, codes + far, offset)))
-        if not torch.equal(found.cpu(), first):  # NaN equals nothing: 0, in both
+        if not torch.equal(found.cpu(), expected):  # NaN equals nothing: 0, in both
             return False
     return True
+
+# %% ../nbs/85_gpu.ipynb #dea986fa
+def differences_agree(d: int, dtype: torch.dtype, device) -> bool:
+    "Whether `differences_kernel` gives what the definition gives, near and far."
+    gen = torch.Generator().manual_seed(0)
+    z, codes = (torch.randn(n, d, generator=gen).to(dtype) for n in (90, 150))
+    away = 2.0 ** (26 if dtype == torch.float64 else 15)
+    z = z + torch.where(torch.arange(90) % 2 > 0, away, 1.0)[:, None].to(dtype)
+    codes = torch.cat([codes[:75] + away, codes[75:] + 1])
+    z[3], z[4, 0], codes[9, 0] = codes[5], torch.nan, torch.inf
+    indices = torch.where(torch.arange(90) % 2 > 0, 70, 149)  # anything of the group
+    args = z, codes, codes[149:], indices
+    found = launch_differences(*(t.to(device) for t in args)).cpu()
+    right = by_differences_definition(*args, 2**20)
+    a, b = ((z - codes[k]).double().norm(dim=1) for k in (found, right))
+    near = (a - b).abs() <= 4 * torch.finfo(dtype).eps * b  # two may be equally near
+    return bool((near | (found == right)).all() and (right != indices).any())
 
 # %% ../nbs/85_gpu.ipynb #6707ab35
 def passes(check, *args) -> bool:
@@ -269,14 +357,14 @@ def passes(check, *args) -> bool:
     try:
         if check(*args):
             return True
-        found = "gave other numbers than the definition"
+        problem = "gave other numbers than the definition"
     except torch.OutOfMemoryError:  # says nothing about the kernel
         raise
     except Exception as error:  # no C compiler, an unknown GPU, another Triton, ...
         first_line = (str(error).splitlines() or [""])[0]
-        found = f"could not run ({type(error).__name__}: {first_line})"
+        problem = f"could not run ({type(error).__name__}: {first_line})"
     warnings.warn(
-        f"rotvq: {check.__name__}{args}: the kernel {found}. The definition is used "
+        f"rotvq: {check.__name__}{args}: the kernel {problem}. The definition is used "
         "instead, which is slower. Please report this.",
         stacklevel=4,
     )
@@ -325,3 +413,13 @@ def best_code_on_gpu(z: Tensor, codes: Tensor, offset: Tensor, tile: int) -> Ten
         return launch_search(z, codes, offset)
     with exact_products("cuda"):
         return best_code_definition(z, codes, offset, tile)
+
+
+@by_differences.register_kernel("cuda")
+def by_differences_on_gpu(
+    z: Tensor, codes: Tensor, origin: Tensor, indices: Tensor, tile: int
+) -> Tensor:
+    "`by_differences` on a GPU. The definition makes the host wait."
+    if trusted(differences_agree, z.shape[1], z.dtype, z.device):
+        return launch_differences(z, codes, origin, indices)
+    return by_differences_definition(z, codes, origin, indices, tile)

@@ -19,19 +19,23 @@ def is_channel_first(
     channel_first: bool | None,  # what the user said; `None` decides by shape
 ) -> bool:
     "Whether the channels are dimension 1; raises when z fits neither layout, or both."
+    if not isinstance(z, Tensor):
+        raise TypeError(
+            f"z is a {type(z).__name__}; make a tensor of it: torch.tensor(z)."
+        )
     if not z.is_floating_point():
         raise TypeError(
             f"z is {z.dtype}; it must be floating point. Convert with .float()."
         )
-    first = z.ndim >= 2 and z.shape[1] == dim
-    last = z.ndim >= 1 and z.shape[-1] == dim
-    if channel_first is None and first and last and z.ndim > 2:
+    fits_first = z.ndim >= 2 and z.shape[1] == dim
+    fits_last = z.ndim >= 1 and z.shape[-1] == dim
+    if channel_first is None and fits_first and fits_last and z.ndim > 2:
         raise ValueError(
             f"z has shape {tuple(z.shape)}: dimension 1 and the last both fit "
             f"dim = {dim}. Set channel_first=True or channel_first=False."
         )
-    choice = not last if channel_first is None else channel_first
-    if not (first if choice else last):
+    choice = not fits_last if channel_first is None else channel_first
+    if not (fits_first if choice else fits_last):
         raise ValueError(
             f"z has shape {tuple(z.shape)}, but its dimension {1 if choice else -1} "
             f"must be dim = {dim}. Change dim, move the channels, or set channel_first."
@@ -80,7 +84,7 @@ class Rows(NamedTuple):
             vectors = torch.where(mask[:, None], vectors, 0)
         return Rows(vectors, mask, shape, first, z.dtype)
 
-    def having(self, vectors: Tensor) -> "Rows":
+    def with_vectors(self, vectors: Tensor) -> "Rows":
         "The same rows with other vectors."
         return Rows(vectors, self.real, self.shape, self.channel_first, self.dtype)
 
@@ -96,7 +100,8 @@ class Rows(NamedTuple):
         real = self.real if rows.ndim == 1 else self.real[:, None]
         return torch.where(real, rows, value)
 
-    def back(self, rows: Tensor) -> Tensor:
+    def restore_layout(self, rows: Tensor) -> Tensor:
         "`(N, d)` in the layout and dtype of the input; 0 for padding."
-        out = self.fill(rows, 0).to(self.dtype).reshape(*self.shape, rows.shape[1])
-        return rearrange(out, "b ... d -> b d ...") if self.channel_first else out
+        out = self.fill(rows, 0).reshape(*self.shape, rows.shape[1])
+        out = rearrange(out, "b ... d -> b d ...") if self.channel_first else out
+        return out.to(self.dtype)  # last: a compiler cannot keep a view of what is cast

@@ -167,8 +167,8 @@ def load_judge() -> Judge:
 # %% ../nbs/11_metrics.ipynb #de13d7b7
 def judge_classes() -> list[str]:
     "The folders of the classes that the judge knows, in their order."
-    about = resource_files("rotvq") / "judge" / "about.json"
-    return json.loads(about.read_text(encoding="utf-8"))["classes"]
+    info_file = resource_files("rotvq") / "judge" / "about.json"
+    return json.loads(info_file.read_text(encoding="utf-8"))["classes"]
 
 # %% ../nbs/11_metrics.ipynb #3214df19
 @torch.no_grad()

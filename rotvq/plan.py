@@ -41,14 +41,14 @@ class Plan(NamedTuple):
 # %% ../nbs/88_plan.ipynb #ec0f933d
 def nbytes(tensors) -> int:
     "Bytes of the tensors among the leaves of a structure."
-    found = (x for x in tree_leaves(tensors) if isinstance(x, Tensor))
-    return sum(x.numel() * x.element_size() for x in found)
+    tensors_inside = (x for x in tree_leaves(tensors) if isinstance(x, Tensor))
+    return sum(x.numel() * x.element_size() for x in tensors_inside)
 
 # %% ../nbs/88_plan.ipynb #2eb935bd
 class Moved(TorchDispatchMode):
     "Adds up the bytes that operations read and write."
 
-    FREE = ("detach", "view", "_local_scalar_dense", "empty")  # these move nothing
+    MOVES_NOTHING = ("detach", "view", "_local_scalar_dense", "empty")
 
     def __init__(self):
         super().__init__()
@@ -56,7 +56,8 @@ class Moved(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if not func.is_view and not any(name in str(func) for name in self.FREE):
+        free = any(name in str(func) for name in self.MOVES_NOTHING)
+        if not func.is_view and not free:
             self.bytes += nbytes((args, kwargs)) + nbytes(out)
         return out
 
@@ -65,13 +66,13 @@ class Kept(saved_tensors_hooks):
     "Remembers what a forward pass keeps; weights do not count."
 
     def __init__(self, weights):
-        self.held = {x.untyped_storage()._cdata: 0 for x in weights}
+        self.storages = {x.untyped_storage()._cdata: 0 for x in weights}
         self.alive = []  # so that no storage is used again
         super().__init__(self._keep, lambda x: x)
 
     def _keep(self, x: Tensor) -> Tensor:
         storage = x.untyped_storage()
-        self.held.setdefault(storage._cdata, storage.nbytes())
+        self.storages.setdefault(storage._cdata, storage.nbytes())
         self.alive.append(x.detach())
         return x
 
@@ -104,15 +105,15 @@ def plan(
             x_hat, indices, commitment = model(x)
             loss = (x_hat.float() - x).square().mean() + commitment
         loss.backward()
-    sizes = sorted(kept.held.values(), reverse=True)
+    sizes = sorted(kept.storages.values(), reverse=True)
     lookup = 2 * indices.numel() * config.codebook_size * config.dim
     parts = share / size * world  # micro-batches of a step
-    held = pictures * 3 * config.size**2
+    storages = pictures * 3 * config.size**2
     return Plan(
         sum(p.numel() for p in weights),
         state,
         sum(sizes) + 2 * sizes[0],
-        held if held <= LARGE else 0,  # else they are streamed
+        storages if storages <= LARGE else 0,  # else they are streamed
         (flops.get_total_flops() + lookup) * parts,
         moved.bytes * parts,
         steps_in_epoch(config, total or pictures),

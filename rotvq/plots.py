@@ -343,9 +343,10 @@ def run_curves(
     known = {row["estimator"] for row in rows}
     for ax, (key, title) in zip(axes, panels.items()):
         for estimator in dict.fromkeys(row["estimator"] for row in rows):
-            mine = [row for row in rows if row["estimator"] == estimator]
-            for i, seed in enumerate(dict.fromkeys(row.get("seed") for row in mine)):
-                line = [row for row in mine if row.get("seed") == seed]
+            own_rows = [row for row in rows if row["estimator"] == estimator]
+            seeds = dict.fromkeys(row.get("seed") for row in own_rows)
+            for i, seed in enumerate(seeds):
+                line = [row for row in own_rows if row.get("seed") == seed]
                 ax.plot(
                     [r["epoch"] for r in line],
                     [r[key] for r in line],

@@ -153,9 +153,9 @@ def _png(figure) -> str:
     if isinstance(figure, Path):
         data = figure.read_bytes()
     else:
-        held = io.BytesIO()
-        figure.savefig(held, format="png", dpi=110)
-        data = held.getvalue()
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=110)
+        data = buffer.getvalue()
     return f"data:image/png;base64,{base64.b64encode(data).decode()}"
 
 # %% ../nbs/89_report.ipynb #4ee53a4c
@@ -212,7 +212,7 @@ def write_report(run: Path) -> Path:
     rows = [
         json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()
     ]
-    about = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    run_info = json.loads((run / "run.json").read_text(encoding="utf-8"))
     try:
         import matplotlib.pyplot as plt
 
@@ -226,8 +226,8 @@ def write_report(run: Path) -> Path:
     sheet = run / "reconstructions.png"
     pictures = [("Curves", figures[0]), ("Codebook map", figures[1])]
     pictures += [("Reconstructions", sheet)] if sheet.exists() else []
-    record = {key: value for key, value in about.items() if key != "run"}
-    settings = about["run"]["preset"].items()
+    record = {key: value for key, value in run_info.items() if key != "run"}
+    settings = run_info["run"]["preset"].items()
     parts = [f"<h2>{t}</h2><img alt='{t}' src='{_png(f)}'>" for t, f in pictures]
     for figure in figures:
         plt.close(figure)

@@ -4,14 +4,18 @@
 
 # %% auto #0
 __all__ = ['pullback', 'rotation_matrix', 'rotate', 'pullback_formula', 'pullback_definition', 'rounding', 'length_ratio',
-           'Pullback', 'pushforward', 'HeldMap', 'HeldMapDual', 'held_map', 'rotation_trick', 'expand_gamma']
+           'Pullback', 'pushforward', 'HeldMap', 'HeldMapDual', 'held_map', 'warn_about_lambda', 'watched_map',
+           'rotation_trick', 'expand_gamma']
 
 # %% ../nbs/04_rotation.ipynb #fa59853a
+import math
+import warnings
+
 import torch
 from torch import Tensor
 from .codebook import exact_dtype
 from .householder import householder_matrix, unit
-from .ste import check_pair
+from .ste import along, check_pair
 
 # %% ../nbs/04_rotation.ipynb #ed277d48
 def rotation_matrix(
@@ -121,7 +125,7 @@ class HeldMap(torch.autograd.Function):
 
     @staticmethod
     def forward(z, q, gamma, mirror):
-        return q.view_as(q)
+        return q.clone()
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -131,8 +135,8 @@ class HeldMap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        held = (t if t is None else t.detach() for t in ctx.saved_tensors)
-        return Pullback.apply(g, *held, ctx.mirror), None, None, None
+        constants = (t if t is None else t.detach() for t in ctx.saved_tensors)
+        return Pullback.apply(g, *constants, ctx.mirror), None, None, None
 
 # %% ../nbs/04_rotation.ipynb #94680a1c
 class HeldMapDual(HeldMap):
@@ -149,17 +153,49 @@ def held_map(z: Tensor, q: Tensor, gamma, mirror: bool) -> Tensor:
     z, q = check_pair(z, q)
     return function.apply(z, q, expand_gamma(gamma, z), mirror)
 
+# %% ../nbs/04_rotation.ipynb #bb901af4
+def warn_about_lambda(z: Tensor, q: Tensor, when: str, stacklevel: int) -> None:
+    "Warn when the median λ of the vectors is below 0.1 or above 10."
+    lam = (q.norm(dim=-1) / z.norm(dim=-1)).nanmedian().item()
+    if math.isfinite(lam) and not 0.1 <= lam <= 10:
+        warnings.warn(
+            f"At {when} the median of λ = ‖q‖/‖z‖ is {lam:.1e}. Rotation and "
+            "reflection multiply the gradient of the decoder's loss by λ, but not that "
+            "of the commitment loss. Start the codes at encoder outputs (in a VectorQuantizer "
+            'init="kmeans" or kmeans_init(z)), or let unused ones be revived '
+            "(revive_after); a learnable codebook keeps few of them there without.",
+            stacklevel=stacklevel,
+        )
+
+
+_calls = 0  # of this process, up to ten
+
+
+def watched_map(z: Tensor, q: Tensor, gamma, mirror: bool) -> Tensor:
+    "`held_map`, which looks at λ once a process, at the tenth call from plain Python."
+    global _calls
+    out = held_map(z, q, gamma, mirror)
+    if torch.compiler.is_compiling() or gamma is not None or _calls == 10:
+        return out
+    if torch._C._are_functorch_transforms_active() or z.device.type == "meta":
+        return out
+    if not (z.is_cuda and torch.cuda.is_current_stream_capturing()):
+        _calls += 1
+        if _calls == 10:
+            warn_about_lambda(z.detach(), q.detach(), "call 10", stacklevel=6)
+    return out
+
 # %% ../nbs/04_rotation.ipynb #348a8276
 def rotation_trick(
     z: Tensor,  # encoder outputs, `(..., d)`
     q: Tensor,  # their codes, same shape
     gamma: float | Tensor | None = None,  # scale, broadcast to `(...)`; `None` is λ
+    dim: int = -1,  # of the vectors: 1 for `(B, d, T)` and `(B, d, H, W)`
 ) -> Tensor:  # value `q`, bit for bit
     """The rotation trick (Fifty et al. 2025, §4): value `q`, gradient `γ Rᵀ g` to `z`,
     none to `q`. λ = ‖q‖ / ‖z‖.
 
-    The value shares the memory of `q`, as a view does: clone it before changing it in
-    place. Raises `ValueError` or `TypeError` when z and q do not fit.
+    Raises `ValueError` or `TypeError` when z and q do not fit.
 
     >>> z = torch.tensor([1., 0.], requires_grad=True)
     >>> q = rotation_trick(z, torch.tensor([0., 2.]))
@@ -167,7 +203,7 @@ def rotation_trick(
     >>> z.grad  # so it does at z, λ = 2 times as long
     tensor([2., 0.])
     """
-    return held_map(z, q, gamma, mirror=False)
+    return along(lambda z, q: watched_map(z, q, gamma, mirror=False), z, q, dim)
 
 # %% ../nbs/04_rotation.ipynb #04ec1832
 def expand_gamma(gamma: float | Tensor | None, z: Tensor) -> Tensor | None:

@@ -48,13 +48,13 @@ def _cpu_name() -> str:
 def hardware(device: torch.device) -> dict:
     "What a run is made on."
     threads = torch.get_num_threads()
-    about = {"device": device.type, "name": f"{_cpu_name()}, {threads} threads"}
+    info = {"device": device.type, "name": f"{_cpu_name()}, {threads} threads"}
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
         name = torch.cuda.get_device_name(device)
-        about |= {"name": name, "memory_gb": round(memory / 2**30, 1)}
-        about |= {"cpu": _cpu_name(), "cuda": torch.version.cuda}
-    return about | {"torch": torch.__version__, "system": platform.platform()}
+        info |= {"name": name, "memory_gb": round(memory / 2**30, 1)}
+        info |= {"cpu": _cpu_name(), "cuda": torch.version.cuda}
+    return info | {"torch": torch.__version__, "system": platform.platform()}
 
 # %% ../nbs/87_runs.ipynb #1442b38f
 def commit_of(folder: Path) -> str | None:
@@ -90,7 +90,7 @@ def record(device: torch.device, source: Source) -> dict:
     }
 
 # %% ../nbs/87_runs.ipynb #5a5cfdc2
-FORMAT = 2  # of a state; raise it when older ones can no longer be resumed
+FORMAT = 3  # of a state; raise it when older ones can no longer be resumed
 
 
 def write_atomically(file: Path, text: str) -> None:
@@ -131,12 +131,15 @@ def read_state(file: Path) -> dict:
             if spoilt := archive.testzip():
                 raise ValueError(f"wrong checksum of {spoilt}")
         state = torch.load(file, map_location="cpu", weights_only=True)
-        held = state.get("format") if isinstance(state, dict) else None
-        if held is None:
+        saved_format = state.get("format") if isinstance(state, dict) else None
+        if saved_format is None:
             raise ValueError("not a state of rotvq")
-        if held != FORMAT:
-            with_what = "a newer rotvq" if held > FORMAT else "an older rotvq"
-            raise ValueError(f"format {held}, this is {FORMAT}: it needs {with_what}")
+        if saved_format != FORMAT:
+            age = "newer" if saved_format > FORMAT else "older"
+            raise ValueError(
+                f"format {saved_format}, this is {FORMAT}: finish the run with the "
+                f"{age} rotvq that began it, or choose another folder"
+            )
         parts = {key: json.loads(state[key]) for key in ("config", "rows")}
         return state | parts
     except Exception as error:  # a damaged file fails in many ways
@@ -147,11 +150,6 @@ def read_state(file: Path) -> dict:
 # %% ../nbs/87_runs.ipynb #1f11ba7e
 def check_folder(folder: Path, resume: bool) -> None:
     "Raise unless there is a run to resume, or, for a new one, none."
-    if (Path(folder) / "state.pt").exists() and not states_of(folder):
-        raise ValueError(
-            f"{folder} holds a run of rotvq 0.0.2 (state.pt). Finish it with that "
-            "version, or choose another folder."
-        )
     if resume and not states_of(folder):
         raise ValueError(
             f"{folder} holds no run to resume (no states/). Start it without --resume."
@@ -167,12 +165,16 @@ def load_state(out: Path) -> dict:
     """The newest state in the run's folder that can be read; each one that cannot is
     named on stderr. Raises `ValueError` if there is none."""
     check_folder(out, resume=True)
+    reasons = []
     for file in states_of(out):
         try:
             return read_state(file)
         except ValueError as error:
+            reasons.append(str(error))
             print(f"rotvq: {error} Going back to the one before.", file=sys.stderr)
-    raise ValueError(f"No state in {out} can be read. Start another run.")
+    raise ValueError(
+        f"No state in {out} can be read. Start another run. The newest: {reasons[0]}"
+    )
 
 # %% ../nbs/87_runs.ipynb #5d35cd67
 @contextmanager

@@ -55,7 +55,7 @@ class SimVQ(nn.Module):
             q = codes[indices]
             loss = quantization_loss(rows, q, self.commitment, trained=True)
             out = function_of(self.estimator)(rows.vectors, q.detach())
-        return Quantized(rows.back(out), indices.reshape(rows.shape), loss)
+        return Quantized(rows.restore_layout(out), indices.reshape(rows.shape), loss)
 
 # %% ../nbs/15_when.ipynb #7876c310
 def rounded(z: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from .bench import Moment, gradient_at_z
-from .codebook import code_counts
 from .householder import unit
 from .model import VQVAE
 from .quantizer import Estimator
@@ -98,20 +97,16 @@ def after_encoder(layer: nn.Module) -> Change:
 
 def hold(model: VQVAE) -> None:
     "Codes that no vector of a batch has chosen stay as they are."
-    vq, saved = model.quantizer, {}
-    states = vq.codebook, vq.counts, vq.sums
-
-    def keep(*_):
-        saved["old"] = [state.clone() for state in states]
+    vq, saved = model.quantizer, []
 
     @torch.no_grad()
-    def restore(_, inputs, output):
-        unused = code_counts(output.indices, vq.codebook_size) == 0
-        for state, old in zip(states, saved["old"]):
+    def restore(*_):
+        states, unused = (vq.codebook, vq.counts, vq.sums), vq.idle > 0
+        for state, old in zip(states, saved):
             state[unused] = old[unused]
+        saved[:] = [state.clone() for state in states]
 
-    vq.register_forward_pre_hook(keep)
-    vq.register_forward_hook(restore)
+    vq.register_forward_pre_hook(restore)
 
 
 def shifted(by: float) -> Change:

@@ -83,7 +83,7 @@ def test_every_check_is_on_the_page():
     missing = set(labelled()) - set(re.findall(r"`(check-[^`]+)`", PAGE))
     no_claims_of_a_source = {"check-transpose", "check-normal", "check-missing-lambda", "check-normalized-twice", "check-residual",
                             "check-proposals", "check-bench", "check-pile", "check-decoder-scale", "check-swing", "check-forces", "check-late",
-                            "check-clouds", "check-larger-beta", "check-codes-move", "check-sampled", "check-commitment",
+                            "check-clouds", "check-parts", "check-same-sequence", "check-larger-beta", "check-codes-move", "check-sampled", "check-commitment",
                             "check-decay", "check-residual-levels", "check-nothing-before", "check-optimizers", "check-better-start",
                             "check-three-lines", "check-lanes", "check-on-a-gpu"}
     assert not missing - no_claims_of_a_source, missing

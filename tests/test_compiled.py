@@ -9,7 +9,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 
-from rotvq import VQVAE, VectorQuantizer
+from rotvq import VQVAE, VectorQuantizer, learn_after
 from rotvq.quantizer import ESTIMATORS
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
@@ -65,9 +65,10 @@ class Model(nn.Module):
 def pictures(step, batch=3, size=(5, 6)): return torch.randn(batch, 8, *size, generator=torch.Generator().manual_seed(step))
 
 
-def train(model, call, batches, mask=None):
+def train(model, call, batches, mask=None, told=False):
     "SGD; for each step what it returned, and all gradients. What was returned must be the same after `backward()`."
     opt, seen = torch.optim.SGD(model.parameters(), 0.05), []
+    if told: learn_after(model, opt)
     for x in batches:
         opt.zero_grad()
         x = x.clone().requires_grad_()
@@ -83,7 +84,8 @@ def train(model, call, batches, mask=None):
 def assert_same_training(model, backend="inductor", batches=tuple(map(pictures, range(4))), mask=None, **how):
     torch._dynamo.reset()
     twin = copy.deepcopy(model)
-    eager, compiled = train(model, model, batches, mask), train(twin, torch.compile(twin, backend=backend, **how), batches, mask)
+    told = how.get("fullgraph", False)                                    # by itself the layer leaves the graph to learn
+    eager, compiled = train(model, model, batches, mask, told), train(twin, torch.compile(twin, backend=backend, **how), batches, mask, told)
     for step, (a, b) in enumerate(zip(eager, compiled)):
         assert len(a) == len(b)
         for x, y in zip(a, b): assert_close(y, x, rtol=2e-4, atol=2e-6, msg=lambda m: f"step {step}: {m}")
@@ -130,7 +132,29 @@ def test_a_kmeans_start_breaks_the_graph_once_and_says_so_where_that_is_forbidde
     assert twin.vq.ready and twin.vq.usage() > 0.5
     assert_close(twin.state_dict(), eager.state_dict(), rtol=2e-4, atol=2e-6)
     torch._dynamo.reset()
-    with pytest.raises(Exception, match="kmeans_init|_kmeans_start"): torch.compile(model, fullgraph=True)(pictures(0))
+    model.vq.learn()
+    with pytest.raises(Exception, match="call_kmeans_init_to_stay"): torch.compile(model, fullgraph=True)(pictures(0))
+
+
+def test_an_automatic_layer_leaves_the_graph_and_names_the_line_that_keeps_it_there():
+    assert_same_training(Model(revive_after=1))
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="call_learn_after_to_stay"): torch.compile(Model(), fullgraph=True)(pictures(0))
+    assert torch.compile(Model().eval(), fullgraph=True)(pictures(0))[0].isfinite()
+
+
+def test_codes_may_be_read_before_backward_in_an_automatic_layer():
+    "What is pending is learned then; the compiled graph has codes of its own."
+    torch._dynamo.reset()
+    model, grads = Model(), []
+    for net in (model, copy.deepcopy(model)):
+        call = net if net is model else torch.compile(net)
+        x = pictures(0).requires_grad_()
+        loss, = call(x)
+        net.vq.usage(), net.vq.codebook.sum()
+        loss.backward()
+        grads.append(x.grad)
+    assert_close(*grads, rtol=2e-4, atol=2e-6)
 
 
 @pytest.mark.parametrize("shape", ["(B, N, d)", "(N, d)", "(B, d, H, W)"])
@@ -189,6 +213,7 @@ def test_the_model_of_the_run():
     torch.manual_seed(0)
     model = VQVAE(16, 8, 32, init="normal")
     twin = copy.deepcopy(model)
+    for net in (model, twin): net.quantizer.learn()
     compiled = torch.compile(twin, fullgraph=True)
     for step in range(3):
         x = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(step)) * 2 - 1
@@ -196,6 +221,7 @@ def test_the_model_of_the_run():
             net.zero_grad()
             out = call(x)
             ((out.x_hat - x).square().mean() + out.loss).backward()
+            net.quantizer.learn()
         for a, b in zip(model.parameters(), twin.parameters()): assert_close(b.grad, a.grad, rtol=2e-4, atol=1e-6)
 
 
@@ -217,6 +243,7 @@ def test_no_warning_of_lambda_inside_a_graph():
     torch._dynamo.reset()
     layer = VectorQuantizer(8, 32, learnable=True)
     layer.codebook.data.mul_(1e-3)
+    layer.learn()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

@@ -76,6 +76,17 @@ def test_the_search_kernel_finds_the_lowest_of_equals(d, K):
         assert torch.equal(kernels.launch_search(z, codes + far, offset), exact)
 
 
+@needs_triton
+@pytest.mark.parametrize("d", [1, 4, 33, 256])
+def test_groups_far_apart_are_told_apart_by_the_kernel_of_differences(d):
+    for dtype in (torch.float32, torch.float64): assert kernels.differences_agree(d, dtype, GPU)
+    places = 1e3 * torch.randn(3, d, generator=torch.Generator().manual_seed(0))
+    z, codes = (places.repeat_interleave(n, 0) + 0.1 * torch.randn(3 * n, d, generator=torch.Generator().manual_seed(n)) for n in (500, 40))
+    exact = torch.cdist(z.double(), codes.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    found = exact.gather(1, nearest_code(z.cuda(), codes.cuda()).cpu()[:, None])[:, 0]
+    assert (found <= exact.amin(1) * (1 + 1e-3) + 1e-4).all()
+
+
 @pytest.mark.parametrize("d", [2, 3, 4, 8, 12, 100])
 def test_nearly_opposite_vectors_keep_their_digits(d):
     "Also where a row lies in several lanes, a column in each."

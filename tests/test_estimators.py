@@ -1,6 +1,8 @@
 """Values and gradients of the three estimators against explicit float64 matrices, and on inputs that break formulas."""
 import math
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -350,15 +352,70 @@ def test_no_gradient_reaches_q_or_the_matrix():
         assert torch.autograd.grad(out.sum(), [q, G], allow_unused=True) == (None, None)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("name", TRICKS)
-def test_the_value_is_not_copied_and_cannot_be_changed_under_the_caller(name):
+def test_the_value_may_be_changed_in_place(name, compiled):
+    "As that of `z + (q - z).detach()`; also under `no_grad`, where it could be `q` itself."
+    def step(z, q):
+        out = TRICKS[name](z, q)
+        out += 1
+        return torch.nn.functional.relu(out, inplace=True)
+
+    call = torch.compile(step, backend="aot_eager", fullgraph=True) if compiled else step
     z, q, g = draw(13, 6, 4)
     z.requires_grad_()
-    out = TRICKS[name](z, q)
-    assert out.data_ptr() == q.data_ptr()
-    with pytest.raises(RuntimeError, match="cloning the output"): out.add_(1)
-    again = TRICKS[name](z, q).clone().add_(1)
-    assert torch.equal(torch.autograd.grad(again, z, g)[0], gradient(TRICKS[name], z, q, g))
+    before = q.clone()
+    out = call(z, q)
+    grad, = torch.autograd.grad(out, z, g)
+    assert_close(grad, gradient(TRICKS[name], z, q, torch.where(q + 1 > 0, g, 0)))
+    with torch.no_grad(): call(z, q)
+    assert torch.equal(q, before) and TRICKS[name](z, q).data_ptr() != q.data_ptr()
+
+
+@pytest.mark.parametrize("name", TRICKS)
+def test_vectors_along_another_dimension(name):
+    z, q, g = torch.randn(3, 2, 6, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    z.requires_grad_()
+    for dim in (0, 1, 2, 3, -1, -2, -3):
+        out = TRICKS[name](z, q, dim=dim)
+        last = TRICKS[name](z.movedim(dim, -1), q.movedim(dim, -1))
+        assert torch.equal(out, q)
+        assert_close(torch.autograd.grad(out, z, g)[0], torch.autograd.grad(last, z, g.movedim(dim, -1))[0])
+    gamma = torch.rand(2, 4, 5, dtype=torch.float64)
+    if name in ("rotation", "reflection"):
+        a, = torch.autograd.grad(TRICKS[name](z, q, gamma, dim=1), z, g)
+        b, = torch.autograd.grad(TRICKS[name](z, q, 1.0, dim=1), z, g)
+        assert_close(a, gamma[:, None] * b)
+    G = torch.randn(6, 6, dtype=torch.float64)
+    assert_close(torch.autograd.grad(linear_estimator(z, q, G, dim=1), z, g)[0], torch.einsum("ij,bitu->bjtu", G, g))
+    with pytest.raises(IndexError): TRICKS[name](z, q, dim=4)
+
+
+def test_a_bare_estimator_says_once_a_process_that_lambda_is_far_from_1():
+    program = """
+import sys, warnings
+import torch
+from rotvq import rotation_trick, reflection_trick, straight_through, VectorQuantizer
+z, q = torch.randn(2, 50, 8)
+def said(function, times):
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for _ in range(times): function()
+    return [w for w in found if "median of λ" in str(w.message)]
+assert not said(lambda: rotation_trick(z, q, gamma=1.0), 20) and not said(lambda: straight_through(z, 60 * q), 20)
+assert not said(lambda: torch.func.vmap(rotation_trick)(z[None], 60 * q[None]), 20)
+compiled = torch.compile(lambda: rotation_trick(z, 60 * q), backend="eager", fullgraph=True)
+assert not said(compiled, 20)
+assert not said(lambda: rotation_trick(z, 60 * q), 9)
+found = said(lambda: reflection_trick(z, 60 * q), 1)
+assert len(found) == 1 and "call 10" in str(found[0].message) and found[0].filename == "<string>", found
+assert not said(lambda: rotation_trick(z, 60 * q), 30)
+layer = VectorQuantizer(8, 32, learnable=True, init="normal")
+layer.codebook.data.mul_(60)
+assert "training batch 10" in str(said(lambda: layer(z), 30)[0].message)   # which looks by itself
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_learnable_codebook_keeps_its_own_gradient():

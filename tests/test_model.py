@@ -27,12 +27,6 @@ def test_config_json_holds_the_arguments_and_run_json_the_rest(tmp_path):
     assert same(VQVAE.from_pretrained(tmp_path), model)
 
 
-def test_the_layout_of_rotvq_0_0_2_is_read(tmp_path):
-    model = saved(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"model": model.config, "run": {"seed": 3}}))
-    assert read_config(tmp_path)["run"] == {"seed": 3} and same(VQVAE.from_pretrained(tmp_path), model)
-
-
 def test_a_name_of_the_hub_is_fetched(tmp_path, monkeypatch):
     model, asked = saved(tmp_path), []
     def snapshot_download(name, allow_patterns):

@@ -11,9 +11,9 @@ FOLDER = Path(__file__).resolve().parent
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 
 STE = "return g, None", "return 2 * g, None"
-BACKWARD = "return Pullback.apply(g, *held, ctx.mirror), None, None, None"
+BACKWARD = "return Pullback.apply(g, *constants, ctx.mirror), None, None, None"
 IDENTITY = BACKWARD, "return g, None, None, None"                                          # the trick copies the gradient
-TRANSPOSED = BACKWARD, "return pushforward(g, *held, ctx.mirror), None, None, None"        # Rᵀ → R
+TRANSPOSED = BACKWARD, "return pushforward(g, *constants, ctx.mirror), None, None, None"        # Rᵀ → R
 NO_LAMBDA = "expand_gamma(gamma, z), mirror)", "expand_gamma(1.0 if gamma is None else gamma, z), mirror)"
 INVERSE = "expand_gamma(gamma, z), mirror)", "expand_gamma(1 / length_ratio(z, q) if gamma is None else gamma, z), mirror)"
 ROTATE = "return u - 2 * r * along(r) + 2 * b * along(a)"
@@ -30,7 +30,7 @@ MUTATIONS = {
     "V1: a bound without the prior": ("check-v1", "r * p.log()", "0 * p.log()"),
     "V2: the farthest code": ("check-v2", *FARTHEST),
     "V2: ties to the highest index": ("check-v2", *HIGHEST),
-    "V2: offset without its half": ("check-v2", "offset = -0.5 * codes", "offset = -codes"),
+    "V2: offset without its half": ("check-v2", "offset = -0.5 * directions", "offset = -directions"),
     "V3: a prior that is not uniform": ("check-v3", "(log_r + logK)", "(log_r + codes[:, 0].softmax(0).log().neg())"),
     "V4: codebook loss without its stop": ("check-v4", "(z.detach() - q).square()", "(z - q).square()"),
     "V4: β on the wrong term": ("check-v4", "beta * (z - q.detach())", "beta * (z.detach() - q)"),
@@ -40,10 +40,10 @@ MUTATIONS = {
     "V7: decay inverted": ("check-v7", *DECAY),
     "V7: counts not smoothed": ("check-v7", "(N + eps) / (N.sum() + len(N) * eps) * N.sum()", "N + 0 * eps"),
     "V7: sums that do not follow": ("check-v7-fixed-point", *DECAY[:1], "running), 0.0)"),
-    "V8: another code is decoded": ("check-v8", "self._codes()[indices.clamp_min(0)]", "self._codes().roll(1, 0)[indices.clamp_min(0)]"),
-    "S1: a lookup that depends on every digit": ("check-s1", "flat, codes = flat - origin", "flat, codes = 3 * (1e7 * flat).sin()"),
+    "V8: another code is decoded": ("check-v8", "self.book()[indices.clamp_min(0)]", "self.book().roll(1, 0)[indices.clamp_min(0)]"),
+    "S1: a lookup that depends on every digit": ("check-s1", "rows, directions = flat - origin", "rows, directions = 3 * (1e7 * flat).sin()"),
     "S2: gradient doubled": ("check-s2", *STE),
-    "S2: value z": ("check-s2", "return q.view_as(q)", "return z.view_as(z)"),
+    "S2: value z": ("check-s2", "return q.clone()", "return z.clone()"),
     "S3: a gradient of its own for each z": ("check-s3", "return g, None", "return g * torch.rand_like(g), None"),
     "S4: another matrix in the gap": ("check-s4", *STE),
     "S5: the matrix not transposed": ("check-s5", '"...ij,...i->...j"', '"...ij,...j->...i"'),
@@ -56,7 +56,7 @@ MUTATIONS = {
     "R2: the way back": ("check-r2", *BACK),
     "R3: a matrix in between": ("check-r3", "e - 2 * (e @ column(rh)) @ row(rh)", "e - 2 * e @ (column(rh) @ row(rh))"),
     "R4: half a turn": ("check-r4", *HALF_TURN),
-    "R5: value z": ("check-r5", "return q.view_as(q)", "return z.view_as(z)"),
+    "R5: value z": ("check-r5", "return q.clone()", "return z.clone()"),
     "R6: λ left out": ("check-r5", *NO_LAMBDA),
     "R6: not transposed": ("check-r5", *TRANSPOSED),
     "R6: by hand, not transposed": ("check-r6", "+ 2 * zh * (qh * g)", "+ 2 * qh * (zh * g)"),
@@ -77,7 +77,7 @@ MUTATIONS = {
     "G5: copied": ("check-g5", *IDENTITY),
     "G6: λ where it should be 1": ("check-g6", "expand_gamma(gamma, z), mirror)",
                                    "expand_gamma(2 * length_ratio(z, q) if gamma is None else gamma, z), mirror)"),
-    "P1: the trick copies": ("check-toy", '"rotation": rotation_trick', '"rotation": straight_through'),
+    "P1: the trick copies": ("check-toy", '"rotation": partial(held_map, gamma=None, mirror=False)', '"rotation": straight_through'),
     "P5: a third halving": ("check-p5", "nn.Conv2d(a, b, 4, 2, 1)", "nn.Conv2d(a, b, 4, 4)"),
     "P6: the way back": ("check-p6", "2 * e @ zh[..., None] @ qh[:, None]", "2 * e @ qh[..., None] @ zh[:, None]"),
     "why: a copied gradient swings": ("check-swing", *IDENTITY),

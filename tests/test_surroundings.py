@@ -108,22 +108,6 @@ def test_autocast():
     assert {v.dtype for v in model.quantizer.state_dict().values() if v.is_floating_point()} == {torch.float32}
 
 
-# States of before
-
-
-def test_states_without_the_newer_entries_load():
-    "Version 0.0.1 had `ready` as a bool, did not count batches and drew by the random generator."
-    for assign in (False, True):
-        vq = layer(init="kmeans")
-        vq(torch.randn(100, 8))
-        old = {k: v for k, v in vq.state_dict().items() if k not in ("batches", "salt")} | {"ready": torch.tensor(True)}
-        again = layer(init="kmeans")
-        again.load_state_dict(copy.deepcopy(old), assign=assign)
-        assert again._ready and again.ready.dtype == torch.int64 and again.batches == 0
-        assert torch.equal(again(torch.zeros(1, 8)).q, vq(torch.zeros(1, 8)).q)
-    with pytest.raises(RuntimeError, match="Missing"): layer().load_state_dict({})
-
-
 # Weight averaging
 
 
@@ -177,74 +161,98 @@ class Checkpointed(nn.Module):
         return y.square().mean() + loss
 
 
-def two_steps(net, call=None):
+def two_steps(net, call=None, told=False):
     grads = []
-    for k in range(2):
-        net.zero_grad()
+    for k in range(3):
+        for p in net.parameters(): p.grad = None
         (net if call is None else call)(torch.randn(60, 8, generator=torch.Generator().manual_seed(k)).requires_grad_()).backward()
+        if told: net.vq.learn()
         grads.append([p.grad.clone() for p in net.parameters() if p.grad is not None])
     return grads, state_of(net)
 
 
+@pytest.mark.parametrize("told", [False, True], ids=["automatic", "told"])
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("options", [name for name in OPTIONS if name != "k-means"])
-def test_a_checkpointed_layer_is_right_or_refuses(options, reentrant):
-    kw = OPTIONS[options]
-    if not (kw.get("learnable") and not kw.get("revive_after") or kw.get("frozen")):
-        with pytest.raises(RuntimeError, match="checkpoint what comes before"): two_steps(Checkpointed(True, reentrant, **kw))
-        return
-    (a, state_a), (b, state_b) = (two_steps(Checkpointed(inside, reentrant, **kw)) for inside in (False, True))
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_checkpointed_layer_is_right(options, reentrant, told):
+    "Exactly one of the two passes teaches: counted once, revived once."
+    if options == "k-means": reentrant = False                            # whose first pass has no gradients, and is no start
+    (a, state_a), (b, state_b) = (two_steps(Checkpointed(inside, reentrant, **OPTIONS[options]), told=told) for inside in (False, True))
     assert_close(b, a)
-    assert_close(state_b, state_a)                                        # counted once, revived once
-    net = Checkpointed(True, reentrant).eval()
-    two_steps(net)
+    assert_close(state_b, state_a)
+    assert state_a["vq.book.batches"] == (0 if options == "frozen" else 3)
 
 
-def test_a_checkpointed_step_is_refused_whatever_mode_the_layer_is_put_into_before_backward():
-    for change in (lambda net: net.eval(), lambda net: setattr(net.vq, "frozen", True)):
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_passes_before_one_backward_pass(reentrant):
+    "Told when to learn, the layer is right; by itself it moves before the second pass, and the kind that has looked up before refuses to."
+    x = torch.randn(2, 60, 8)
+
+    def step(inside, told):
+        net = Checkpointed(inside, reentrant)
+        if told: net.vq.learn()
+        leaf = x.clone().requires_grad_()
+        (net(leaf[0]) + net(leaf[1])).backward()
+        if told: net.vq.learn()
+        return leaf.grad, net.vq.codebook.clone(), net.vq.batches
+
+    for a, b in zip(step(True, True), step(False, True)): assert_close(a, b)
+    if not reentrant:
+        with pytest.raises(RuntimeError, match="learn_after"): step(True, False)
+
+
+def test_a_mode_set_before_backward_moves_the_codes_of_an_automatic_layer_which_then_refuses():
+    changes = (lambda net: net.eval(), lambda net: setattr(net.vq, "frozen", True), lambda net: net.vq.usage())
+    for change in changes:
         net = Checkpointed(True)
         loss = net(torch.randn(60, 8).requires_grad_())
         change(net)
-        with pytest.raises(RuntimeError, match="checkpoint what comes before"): loss.backward()
-    x, grads = torch.randn(60, 8), []
-    for inside in (False, True):                                          # here nothing has moved, and nothing may
+        with pytest.raises(RuntimeError, match="learn_after"): loss.backward()
+    x, states = torch.randn(60, 8), []
+    for inside in (False, True):                                          # told, it does not
+        for change in changes:
+            net = Checkpointed(inside)
+            net.vq.learn()
+            leaf = x.clone().requires_grad_()
+            loss = net(leaf)
+            change(net)
+            loss.backward()
+            states.append(leaf.grad)
+    for grad in states[1:]: assert_close(grad, states[0])
+    for inside in (False, True):                                          # nothing has moved here, and nothing may
         net = Checkpointed(inside).eval()
         before, leaf = state_of(net.vq), x.clone().requires_grad_()
         loss = net(leaf)
         net.train()
         loss.backward()
-        grads.append(leaf.grad)
         assert same(before, state_of(net.vq))
-    assert_close(*grads)
+        assert_close(leaf.grad, states[0])
 
 
+@pytest.mark.parametrize("told", [False, True], ids=["automatic", "told"])
 @pytest.mark.parametrize("options", [name for name in OPTIONS if name != "k-means"])
-def test_a_checkpointed_layer_in_a_compiled_graph_is_right_or_refuses(options):
+def test_a_checkpointed_layer_in_a_compiled_graph(options, told):
     torch._dynamo.reset()
-    kw = OPTIONS[options]
-    net = Checkpointed(True, **kw)
-    if kw.get("frozen") or kw.get("learnable") and not kw.get("revive_after"):
-        grads, state = two_steps(net, torch.compile(net))
-        expected, state_ = two_steps(Checkpointed(False, **kw))
-        assert_close(grads, expected, rtol=1e-4, atol=1e-6)
-        assert_close(state, state_, rtol=1e-4, atol=1e-6)
-    else:
-        with pytest.raises(RuntimeError, match="checkpoint what comes before"): two_steps(net, torch.compile(net))
+    net = Checkpointed(True, **OPTIONS[options])
+    if told: net.vq.learn()
+    grads, state = two_steps(net, torch.compile(net), told)
+    expected, state_ = two_steps(Checkpointed(False, **OPTIONS[options]), told=told)
+    assert_close(grads, expected, rtol=1e-4, atol=1e-6)
+    assert_close(state, state_, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("told", [False, True], ids=["automatic", "told"])
+@pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("options", [name for name in OPTIONS if name != "k-means"])
-def test_a_compiled_layer_in_a_checkpointed_part_is_right_or_refuses(options):
+def test_a_compiled_layer_in_a_checkpointed_part(options, reentrant, told):
     "The other way round: the compiled graph itself is run again in the backward pass."
     torch._dynamo.reset()
-    kw = OPTIONS[options]
-    net = Checkpointed(True, **kw)
+    net = Checkpointed(True, reentrant, **OPTIONS[options])
+    if told: net.vq.learn()
     net.body = torch.compile(net.body, backend="aot_eager_decomp_partition")
-    if kw.get("frozen") or kw.get("learnable") and not kw.get("revive_after"):
-        (grads, state), (expected, state_) = two_steps(net), two_steps(Checkpointed(False, **kw))
-        assert_close(grads, expected, rtol=1e-4, atol=1e-6)
-        assert_close(state, state_, rtol=1e-4, atol=1e-6)                 # counted once
-    else:
-        with pytest.raises(RuntimeError, match="checkpoint what comes before"): two_steps(net)
+    (grads, state), (expected, state_) = two_steps(net, told=told), two_steps(Checkpointed(False, **OPTIONS[options]), told=told)
+    assert_close(grads, expected, rtol=1e-4, atol=1e-6)
+    assert_close(state, state_, rtol=1e-4, atol=1e-6)
 
 
 # Transforms

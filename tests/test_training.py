@@ -52,6 +52,7 @@ def test_step_runs_on_meta_so_it_never_reads_a_value():
 
 def test_model_compiles_without_a_graph_break():
     model = VQVAE(16, 8, 32)
+    model.quantizer.learn()                                               # and not by itself, outside the graph
     compiled, x = torch.compile(model, fullgraph=True, backend="aot_eager"), torch.rand(2, 3, 16, 16) * 2 - 1
     out = compiled(x)
     ((out.x_hat - x).square().mean() + out.loss).backward()

@@ -12,6 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
 
 from rotvq.codebook import kmeans
+from rotvq.learning import Codebook
 from rotvq.training import PRESETS, Learner, sums_of
 
 SMALL = dataclasses.replace(PRESETS["cuda"], name="small", size=16, width=16, dim=8, codebook_size=32, batch=8)
@@ -45,6 +46,7 @@ def on_cuda(config, estimator: str = "rotation") -> Learner:
         for name, p in module._parameters.items(): module._parameters[name] = torch.nn.Parameter(torch.empty(p.shape, device="cuda").contiguous(
             memory_format=torch.channels_last if p.ndim == 4 else torch.contiguous_format))
         for name, b in module._buffers.items(): module._buffers[name] = torch.empty(b.shape, dtype=b.dtype, device="cuda")
+        if isinstance(module, Codebook) and module.collected: module.collected = {name: torch.empty(c.shape, dtype=c.dtype, device="cuda") for name, c in module.collected.items()}
     learner.opt.param_groups[0]["params"] = list(learner.model.parameters())
     learner.device = torch.device("cuda")
     return learner

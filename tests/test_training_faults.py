@@ -131,10 +131,23 @@ def test_a_state_that_cannot_be_read_is_passed_over(tmp_path, capsys, how, words
     assert "No state in" in capsys.readouterr().err
 
 
-def test_a_run_of_an_older_rotvq_is_left_alone(tmp_path):
-    (tmp_path / "state.pt").write_bytes(b"whatever")
-    for resume in (False, True):
-        with pytest.raises(ValueError, match="0.0.2"): train(TINY, "ste", SAMPLE, tmp_path, resume=resume, quiet=True)
+def test_the_state_of_another_version_is_refused_with_the_remedy(tmp_path):
+    "What rotvq 0.0.3 wrote has the format before this one; the run is left as it was."
+    train(TINY, "ste", SAMPLE, tmp_path, quiet=True)
+    for file in runs.states_of(tmp_path): torch.save(torch.load(file) | {"format": 2}, file)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    with pytest.raises(ValueError, match="finish the run with the older rotvq.*or choose another folder"): train(TINY, "ste", SAMPLE, tmp_path, resume=True, quiet=True)
+    assert all(file.read_bytes() == content for file, content in before.items())
+
+
+def spoil(file: Path, how: str):
+    whole = file.read_bytes()
+    if how == "empty": file.write_bytes(b"")
+    if how == "truncated": file.write_bytes(whole[: len(whole) // 2])
+    if how == "flipped": file.write_bytes(whole[: len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 4]) + whole[len(whole) // 2 + 1:])
+    if how == "foreign": torch.save({"weights": torch.zeros(3)}, file)
+    if how == "future": torch.save({"format": runs.FORMAT + 1, "config": "{}", "rows": "[]"}, file)
+    if how == "code": torch.save({"format": runs.FORMAT, "config": print}, file)
 
 
 def test_a_run_is_never_overwritten(tmp_path):

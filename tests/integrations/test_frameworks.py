@@ -122,7 +122,7 @@ def test_accelerate(precision):
             opt.step()
     state = accelerator.unwrap_model(net).state_dict()
     if precision == "no": assert_close(state, by_hand().state_dict(), rtol=1e-4, atol=1e-5)
-    assert state["vq.counts"].dtype == torch.float32 and state["vq.codebook"].isfinite().all()
+    assert state["vq.book.counts"].dtype == torch.float32 and state["vq.book.codes"].isfinite().all()
 
 
 def test_accelerate_saves_and_loads_its_state(tmp_path):

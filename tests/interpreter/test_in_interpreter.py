@@ -76,7 +76,17 @@ def test_the_search_finds_the_nearest(d, distance):
 @pytest.mark.parametrize("d", [1, 4, 32, 33, 256])
 def test_the_checks_at_first_use_pass(d):
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16): assert kernels.pullback_agrees(d, dtype, "cpu")
+    for dtype in (torch.float32, torch.float64): assert kernels.differences_agree(d, dtype, "cpu")
     if d <= kernels.LONGEST_SEARCH: assert kernels.search_agrees(d, "cpu")
+
+
+@pytest.mark.parametrize("d", [3, 8, 70])
+def test_groups_far_apart(d):
+    gen = torch.Generator().manual_seed(d)
+    places = 1e3 * torch.randn(3, d, generator=gen)
+    z, codes = (places.repeat_interleave(n, 0) + 0.1 * torch.randn(3 * n, d, generator=gen) for n in (20, 30))
+    exact = torch.cdist(z.double(), codes.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    assert torch.equal(nearest_code(z, codes), exact.argmin(1))
 
 
 # the suites, but for what is about other forms, compiles, or needs longer vectors than the search kernel takes

@@ -1,0 +1,32 @@
+"""The public API under a type checker, as users of one see it, and the modules that define it."""
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PUBLIC = ["codebook", "ste", "householder", "rotation", "reflection", "learning", "quantizer", "layout", "surroundings", "convert", "model"]
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="mypy is a tool of development")
+
+
+def mypy(*arguments, cache) -> str:
+    done = subprocess.run([sys.executable, "-m", "mypy", "--follow-imports=silent", f"--cache-dir={cache}", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout + done.stderr if done.returncode else ""
+
+
+def test_users_get_the_types_that_they_expect(tmp_path):
+    assert not mypy("--strict", "tests/typing/usage.py", cache=tmp_path)
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text("import torch, rotvq\nq: int = rotvq.VectorQuantizer(2, 3)(torch.zeros(2)).q\n")
+    assert "Incompatible types" in mypy("--strict", wrong, cache=tmp_path)   # the types arrive
+
+
+def test_the_modules_of_the_public_api_are_clean(tmp_path):
+    assert not mypy(*(f"rotvq/{name}.py" for name in PUBLIC), cache=tmp_path)
+
+
+def test_the_types_are_installed():
+    assert (ROOT / "rotvq" / "py.typed").exists() and "py.typed" in (ROOT / "setup.py").read_text()
