@@ -161,9 +161,10 @@ def warn_about_lambda(z: Tensor, q: Tensor, when: str, stacklevel: int) -> None:
         warnings.warn(
             f"At {when} the median of λ = ‖q‖/‖z‖ is {lam:.1e}. Rotation and "
             "reflection multiply the gradient of the decoder's loss by λ, but not that "
-            "of the commitment loss. Start the codes at encoder outputs (in a VectorQuantizer "
-            'init="kmeans" or kmeans_init(z)), or let unused ones be revived '
-            "(revive_after); a learnable codebook keeps few of them there without.",
+            "of the commitment loss. Start the codes at encoder outputs (in a "
+            'VectorQuantizer init="kmeans" or kmeans_init(z)), or let unused ones be '
+            "revived (revive_after); a learnable codebook keeps few of them there "
+            "without.",
             stacklevel=stacklevel,
         )
 

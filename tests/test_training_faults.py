@@ -140,16 +140,6 @@ def test_the_state_of_another_version_is_refused_with_the_remedy(tmp_path):
     assert all(file.read_bytes() == content for file, content in before.items())
 
 
-def spoil(file: Path, how: str):
-    whole = file.read_bytes()
-    if how == "empty": file.write_bytes(b"")
-    if how == "truncated": file.write_bytes(whole[: len(whole) // 2])
-    if how == "flipped": file.write_bytes(whole[: len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 4]) + whole[len(whole) // 2 + 1:])
-    if how == "foreign": torch.save({"weights": torch.zeros(3)}, file)
-    if how == "future": torch.save({"format": runs.FORMAT + 1, "config": "{}", "rows": "[]"}, file)
-    if how == "code": torch.save({"format": runs.FORMAT, "config": print}, file)
-
-
 def test_a_run_is_never_overwritten(tmp_path):
     train(TINY, ("ste",), SAMPLE, tmp_path / "run", quiet=True)
     with pytest.raises(ValueError, match="--resume"): train(TINY, ("ste",), SAMPLE, tmp_path / "run", quiet=True)
