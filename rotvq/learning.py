@@ -285,7 +285,8 @@ class Codebook(nn.Module):
         for total in self.collected.values():
             total.zero_()
 
-    def _make_room(self) -> None:
+    def make_room(self) -> None:
+        "Tensors for what is collected, if they are not there; a graph cannot make them."
         if not self.collected:
             sums = self.counts.new_zeros(len(self.counts), self.dim + 1)
             sums = sums[:, -1:].clone() if self.learnable else sums
@@ -396,7 +397,7 @@ class Codebook(nn.Module):
     def _begin(self, rows: Rows | None = None) -> None:
         """Once: all processes take over the state of the first one, and the k-means
         start is made, if it is asked for and still to be made."""
-        self._make_room()
+        self.make_room()
         if self._begun >= self._processes() or self.ready.device.type == "meta":
             return
         if self._processes() > 1:

@@ -105,6 +105,8 @@ class OfBook(Generic[T]):
     def __set__(self, layer: Any, value: T) -> None:
         layer.book.catch_up()
         setattr(layer.book, self.name, value)
+        if not layer.book.automatic:  # revival may have been turned on
+            layer.book.make_room()
 
 # %% ../nbs/08_quantizer.ipynb #8fe972aa
 REDUCTIONS = "mean", "sample", "none"

@@ -292,6 +292,16 @@ def test_a_running_count_is_revived_as_theirs_is():
         assert torch.equal(counts == 2, dead) and (codes[dead, None] - z).abs().amax(-1).amin(1).max() < 1e-4
 
 
+def test_revival_may_be_turned_on_later_in_a_whole_graph_too():
+    torch._dynamo.reset()
+    vq = layer()
+    vq.learn()
+    vq.revive_after = 1
+    step = torch.compile(vq, fullgraph=True, backend="aot_eager")
+    for k in range(3): step(batch(k, 8)), vq.learn()
+    assert vq.waited.eq(0).all()
+
+
 # Counts at the start, and codes that fade
 
 
