@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NEVER_CHOSEN', 'EXACT', 'MOVED', 'DIVIDED', 'initial_codebook', 'salt_of', 'write', 'is_whole', 'check_options',
            'Codebook', 'codes_of_its_own', 'call_learn_after_to_stay_in_the_graph',
-           'call_kmeans_init_to_stay_in_the_graph', 'learn_after']
+           'call_kmeans_init_or_learn_after_to_stay', 'learn_after']
 
 # %% ../nbs/07_learning.ipynb #d010064f
 import warnings
@@ -23,7 +23,8 @@ from .distributed import sample_rows, scrambled, world_size
 from .householder import unit
 from .layout import Rows
 from .surroundings import apply_exactly, first_time, in_backward
-from .surroundings import is_repeated, is_traced, outside_graphs, restore_exact
+from .surroundings import is_checkpointed, is_repeated, is_traced
+from .surroundings import outside_graphs, restore_exact
 
 # %% ../nbs/07_learning.ipynb #178709e4
 def initial_codebook(
@@ -93,11 +94,6 @@ def check_options(book: "Codebook") -> None:
         )
     if book.initial_count not in (0, 1):
         raise ValueError(f"initial_count = {book.initial_count} must be 0 or 1.")
-    if book.frozen and book.init == "kmeans":
-        raise ValueError(
-            'init="kmeans" needs training batches, and frozen=True learns from none. '
-            "Set frozen afterwards."
-        )
 
 # %% ../nbs/07_learning.ipynb #36f71063
 NEVER_CHOSEN = 2**40  # training batches ago
@@ -148,6 +144,11 @@ class Codebook(nn.Module):
         self.initial_count, self.frozen, self.sync = initial_count, frozen, sync
         self.revive_after, self.revive_below = revive_after, revive_below
         check_options(self)
+        if frozen and init == "kmeans":
+            raise ValueError(
+                'init="kmeans" needs training batches, and frozen=True learns from '
+                "none. Set frozen afterwards."
+            )
         self.collect_without_grad = False
         codes = torch.empty(codebook_size, dim)
         exact, idle = exact_dtype(codes), torch.empty(codebook_size, dtype=torch.int64)
@@ -164,7 +165,10 @@ class Codebook(nn.Module):
         self._unready = False  # perhaps: whether a k-means start is still to be made
         self._divided = False  # by FSDP2, which shows outside a forward pass only
         self._begun = 0  # processes that have begun together
-        self._automatic, self._passes = True, 0  # with the codes as they are
+        self._automatic, self._version = True, 0  # how often the codes have moved
+        # at the passes that an activation checkpoint has still to repeat; the latest
+        self._to_repeat: list[int] = []
+        self._repeats = 0
         self.collected: dict[str, Tensor] = {}  # no buffers: DDP sends those around
         self._pending = False
         self.reset_parameters()
@@ -225,24 +229,31 @@ class Codebook(nn.Module):
         elif self._automatic and self.training and not self.frozen:
             return call_learn_after_to_stay_in_the_graph(self, rows)
         elif learning and self._begun < self._processes():
-            return call_kmeans_init_to_stay_in_the_graph(self, rows)
+            return call_kmeans_init_or_learn_after_to_stay(self, rows)
         return self()
 
     def _enter(self, rows: Rows, learning: bool) -> None:
         if self._automatic:
             if learning and self._divided and self.revives:
                 raise RuntimeError(DIVIDED)
-            if not in_backward():
-                if self.training:
-                    self.catch_up()
-                self._passes += 1
-            elif self._passes:
-                self._passes -= 1
-            else:
-                raise RuntimeError(MOVED)
+            if is_repeated():
+                self._check_repetition()
+            elif self.training and not in_backward():
+                self.catch_up()
         if learning:
             self._begin(rows)
+        if self._automatic and is_checkpointed():
+            self._to_repeat.append(self._version)
+            self._repeats = self._version
         self.look_at_start()
+
+    def _check_repetition(self) -> None:
+        "Raise where a repeated pass may look up in other codes than it did before."
+        versions = {*self._to_repeat, self._repeats}
+        if versions != {self._version}:
+            self._to_repeat, self._repeats = [], self._version
+            raise RuntimeError(MOVED)
+        self._to_repeat = self._to_repeat[:-1]
 
     def look_at_start(self) -> None:
         "Warn when codes serve that a k-means start was to place, and has not."
@@ -286,7 +297,7 @@ class Codebook(nn.Module):
             total.zero_()
 
     def make_room(self) -> None:
-        "Tensors for what is collected, if they are not there; a graph cannot make them."
+        "Tensors for what is collected, where there are none; graphs cannot make them."
         if not self.collected:
             sums = self.counts.new_zeros(len(self.counts), self.dim + 1)
             sums = sums[:, -1:].clone() if self.learnable else sums
@@ -328,7 +339,7 @@ class Codebook(nn.Module):
         # the first process, which has learned already, may have sent its buffers
         apply = total["batches"] == self.batches
         self._learn_from(total["sums"], total.get("rows"), total["drawn"], apply)
-        self._passes = 0
+        self._version += 1
 
     def _learn_from(self, batch, rows, drawn, apply) -> None:
         "Running averages, timers and revival, where the scalar `apply` says so."
@@ -344,7 +355,7 @@ class Codebook(nn.Module):
             timer.copy_(torch.where(good, torch.where(n > 0, 0, timer + 1), timer))
         self.batches.add_(good)
         if self.revives:
-            self.place(rows, self.unused() & drawn & apply)
+            self.place(rows, self.unused() & drawn & apply & good)
         self.discard()
 
     @property
@@ -369,9 +380,10 @@ class Codebook(nn.Module):
     @automatic.setter
     def automatic(self, new: bool) -> None:
         self.catch_up()
-        if new != self._automatic:
-            self._automatic = new
-            self.discard()
+        if new and not self._automatic:
+            self.learn()
+            self._to_repeat, self._repeats = [], self._version
+        self._automatic = new
         if not new:
             self._begin()
 
@@ -436,6 +448,8 @@ class Codebook(nn.Module):
         self.place(codes)
         self.idle.fill_(NEVER_CHOSEN), self.ready.fill_(1)
         self.discard()
+        self._begun = self._processes()
+        self._version += 1
         return True
 
     # Where others read or replace the state
@@ -444,9 +458,8 @@ class Codebook(nn.Module):
         self.catch_up()
         super()._apply(apply_exactly(self, fn, EXACT), recurse)
         for name, total in self.collected.items():
-            new = fn(total)
-            same = new.dtype == total.dtype
-            self.collected[name] = new if same else total.to(new.device)
+            dtype = self.counts.dtype if total.is_floating_point() else total.dtype
+            self.collected[name] = fn(total).to(dtype)
         return self
 
     def train(self, mode: bool = True):
@@ -468,11 +481,14 @@ class Codebook(nn.Module):
         self.discard()
         super()._load_from_state_dict(*args, **kwargs)
         self._restore_exact()
-        self._begun, self._unready = 0, True
+        self._begun, self._unready, self._version = 0, True, self._version + 1
+        if self._processes() == 1 and self.ready.device.type != "meta":
+            self._begun = int(self.ready)
 
     def __getstate__(self) -> dict:
         self.catch_up()
-        fresh = dict(_automatic=True, _passes=0, collected={}, _pending=False)
+        fresh = dict(_automatic=True, _to_repeat=[], collected={}, _pending=False)
+        fresh["_repeats"] = self._version
         return self.__dict__ | fresh
 
     def _restore_exact(self) -> None:
@@ -506,7 +522,7 @@ def call_learn_after_to_stay_in_the_graph(book: Codebook, rows: Rows) -> Tensor:
 
 
 @outside_graphs
-def call_kmeans_init_to_stay_in_the_graph(book: Codebook, rows: Rows) -> Tensor:
+def call_kmeans_init_or_learn_after_to_stay(book: Codebook, rows: Rows) -> Tensor:
     return codes_of_its_own(book, rows)
 
 # %% ../nbs/07_learning.ipynb #4cb98c6f
@@ -525,24 +541,28 @@ def learn_after(
     books = [part for part in model.modules() if isinstance(part, Codebook)]
     if not books:
         raise ValueError(f"{type(model).__name__} has no codebook that could learn.")
+    while not hasattr(optimizer, "_optimizer_step_post_hooks"):  # accelerate, Lightning
+        if not hasattr(optimizer, "optimizer"):
+            raise TypeError(f"{type(optimizer).__name__} is no torch.optim.Optimizer.")
+        optimizer = optimizer.optimizer
     for book in books:
         book.automatic = False
-    while not hasattr(optimizer, "_optimizer_step_post_hooks"):  # accelerate, Lightning
-        optimizer = optimizer.optimizer
 
     def learn(optimizer, args, kwargs) -> None:
         for book in books:
             book.learn(getattr(optimizer, "found_inf", None))
 
+    handle = optimizer.register_step_post_hook(learn)
     if scaler is not None:
         step = scaler.step
 
         def step_or_discard(stepped, *args, **kwargs):
             out = step(stepped, *args, **kwargs)
-            if stepped is optimizer:  # nothing is left of a step that was made
+            # nothing is left of a step that was made
+            if stepped is optimizer and handle.id in optimizer._optimizer_step_post_hooks:
                 for book in books:
                     book.discard()
             return out
 
         setattr(scaler, "step", step_or_discard)
-    return optimizer.register_step_post_hook(learn)
+    return handle

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .codebook import code_counts, exact_dtype, nearest_code, perplexity, usage
 from .householder import unit
 from .layout import Rows
-from .learning import Codebook
+from .learning import Codebook, check_options
 from .reflection import reflection_trick
 from .rotation import held_map, rotation_trick, warn_about_lambda
 from .ste import straight_through
@@ -104,7 +104,13 @@ class OfBook(Generic[T]):
 
     def __set__(self, layer: Any, value: T) -> None:
         layer.book.catch_up()
+        before = getattr(layer.book, self.name)
         setattr(layer.book, self.name, value)
+        try:
+            check_options(layer.book)
+        except ValueError:
+            setattr(layer.book, self.name, before)
+            raise
         if not layer.book.automatic:  # revival may have been turned on
             layer.book.make_room()
 

@@ -133,7 +133,7 @@ def test_a_kmeans_start_breaks_the_graph_once_and_says_so_where_that_is_forbidde
     assert_close(twin.state_dict(), eager.state_dict(), rtol=2e-4, atol=2e-6)
     torch._dynamo.reset()
     model.vq.learn()
-    with pytest.raises(Exception, match="call_kmeans_init_to_stay"): torch.compile(model, fullgraph=True)(pictures(0))
+    with pytest.raises(Exception, match="call_kmeans_init_or_learn_after_to_stay"): torch.compile(model, fullgraph=True)(pictures(0))
 
 
 def test_an_automatic_layer_leaves_the_graph_and_names_the_line_that_keeps_it_there():

@@ -195,6 +195,52 @@ def test_a_skipped_step_is_skipped_by_the_codes_too(fused):
     assert_close(state_of(net), state_of(expected))
 
 
+def test_after_remove_a_scaler_discards_nothing():
+    net = Net()
+    opt = torch.optim.SGD(net.parameters(), 0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    learn_after(net, opt, scaler).remove()
+    scaler.scale(net(batch(0))).backward(), scaler.step(opt), scaler.update()
+    net.vq.learn()
+    assert net.vq.batches == 1
+    with pytest.raises(TypeError, match="no torch.optim.Optimizer"): learn_after(net, object())
+
+
+def test_a_part_with_nan_revives_nothing():
+    vq = layer(revive_below=2.0)
+    vq.learn(), vq(batch(0))
+    before = state_of(vq)
+    vq(torch.full((4, 8), torch.nan)), vq.learn()
+    assert same(state_of(vq), before)
+
+
+def test_attributes_are_checked_when_they_are_set_and_modes_lose_nothing():
+    vq = layer()
+    for name, value in (("decay", 1.5), ("revive_after", 0), ("distance", "cosin"), ("initial_count", 3)):
+        before = getattr(vq, name)
+        with pytest.raises(ValueError): setattr(vq, name, value)
+        assert getattr(vq, name) == before
+    vq.learn(), vq(batch(0))
+    vq.automatic = True
+    assert vq.batches == 1
+    vq.learn(), vq.double()
+    assert vq.book.collected["sums"].dtype == torch.float64
+    vq.half()
+    assert vq.book.collected["sums"].dtype == torch.float64 or vq.book.collected["sums"].dtype == torch.float32
+
+
+def test_a_state_or_a_start_may_come_after_learn_after_in_a_whole_graph():
+    for init in ("normal", "kmeans"):
+        torch._dynamo.reset()
+        net = Net(init=init)
+        learn_after(net, torch.optim.SGD(net.parameters(), 0.1))
+        if init == "kmeans": net.vq.kmeans_init(batch(3, 200))
+        compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+        compiled(batch(0)).backward()
+        net.load_state_dict(net.state_dict())
+        compiled(batch(0)).backward()
+
+
 def test_codes_that_are_frozen_before_the_step_stay():
     net = Net()
     opt = torch.optim.SGD(net.parameters(), 0.1)

@@ -255,6 +255,41 @@ def test_a_compiled_layer_in_a_checkpointed_part(options, reentrant, told):
     assert_close(state, state_, rtol=1e-4, atol=1e-6)
 
 
+def test_a_pass_between_the_two_of_a_checkpoint_that_moves_the_codes_is_noticed():
+    x = torch.randn(60, 8)
+    for told in (False, True):
+        net = Checkpointed(True)
+        net(x).backward()
+        if told: net.vq.learn()
+        loss = net(x.clone().requires_grad_())
+        with torch.no_grad(): net.body(x)                                 # a discriminator's
+        if told: loss.backward()
+        else:
+            with pytest.raises(RuntimeError, match="learn_after"): loss.backward()
+            net(x).backward()                                             # and the next step is as ever
+
+
+def test_a_second_backward_pass_through_a_checkpoint_is_right():
+    for change in (lambda net: net.eval(), lambda net: setattr(net.vq, "frozen", True), lambda net: None):
+        net = Checkpointed(True)
+        change(net)
+        leaf = torch.randn(60, 8).requires_grad_()
+        loss = net(leaf)
+        loss.backward(retain_graph=True)
+        first = leaf.grad.clone()
+        loss.backward()
+        assert_close(leaf.grad, 2 * first)
+
+
+def test_a_reentrant_checkpoint_inside_another_teaches_once():
+    vq, linear = layer(), nn.Linear(8, 8)
+    vq.learn()
+    z = torch.randn(16, 8).requires_grad_()
+    out = checkpoint(lambda x: checkpoint(linear, vq(x).q, use_reentrant=True), z, use_reentrant=False)
+    out.sum().backward()
+    assert vq.book.collected["sums"][:, -1].sum() == 16
+
+
 # Transforms
 
 
