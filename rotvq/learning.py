@@ -559,7 +559,8 @@ def learn_after(
         def step_or_discard(stepped, *args, **kwargs):
             out = step(stepped, *args, **kwargs)
             # nothing is left of a step that was made
-            if stepped is optimizer and handle.id in optimizer._optimizer_step_post_hooks:
+            hooks = optimizer._optimizer_step_post_hooks
+            if stepped is optimizer and handle.id in hooks:
                 for book in books:
                     book.discard()
             return out

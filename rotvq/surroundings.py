@@ -67,7 +67,7 @@ def in_backward() -> bool:
 
 
 def has_hooks_of(name: str) -> bool:
-    "Whether what is saved now goes to the hooks of this class of `torch.utils.checkpoint`."
+    "Whether saved tensors go to the hooks of this class of `torch.utils.checkpoint`."
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks is not None and name in getattr(hooks[0], "__qualname__", "")
 
