@@ -412,14 +412,18 @@ class Codebook(nn.Module):
         self.make_room()
         if self._begun >= self._processes() or self.ready.device.type == "meta":
             return
-        if self._processes() > 1:
-            for state in (*self.parameters(), *self.buffers()):
-                if not hasattr(state, "full_tensor"):
-                    dist.broadcast(state.detach(), 0)
+        self._share()
         ready = bool(self.ready)
         if not ready and rows is not None:
             ready = self.kmeans_init(rows.vectors[rows.usable()])
         self._begun = self._processes() if ready else 0
+
+    def _share(self) -> None:
+        "All processes take over the state of the first one, which they must do at once."
+        if self._processes() > 1:
+            for state in (*self.parameters(), *self.buffers()):
+                if not hasattr(state, "full_tensor"):
+                    dist.broadcast(state.detach(), 0)
 
     @torch.no_grad()
     def kmeans_init(self, vectors: Tensor, steps: int = 10, generator=None) -> bool:
@@ -448,6 +452,7 @@ class Codebook(nn.Module):
         self.place(codes)
         self.idle.fill_(NEVER_CHOSEN), self.ready.fill_(1)
         self.discard()
+        self._share()  # what draws the rows for unused codes must be the same too
         self._begun = self._processes()
         self._version += 1
         return True
@@ -481,9 +486,11 @@ class Codebook(nn.Module):
         self.discard()
         super()._load_from_state_dict(*args, **kwargs)
         self._restore_exact()
-        self._begun, self._unready, self._version = 0, True, self._version + 1
-        if self._processes() == 1 and self.ready.device.type != "meta":
-            self._begun = int(self.ready)
+        self._unready, self._version = True, self._version + 1
+        if self.ready.device.type == "meta" or not bool(self.ready):
+            self._begun = 0
+        elif self._processes() == 1:  # others may not have loaded anything
+            self._begun = 1
 
     def __getstate__(self) -> dict:
         self.catch_up()

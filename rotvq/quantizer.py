@@ -90,8 +90,8 @@ class OfBook(Generic[T]):
     """An attribute of a layer that its codebook owns. What is pending is learned before
     it is read or changed."""
 
-    def __init__(self, name: str = ""):
-        self.name = name
+    def __init__(self, name: str = "", fixed: bool = False):
+        self.name, self.fixed = name, fixed
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = self.name or name
@@ -103,6 +103,8 @@ class OfBook(Generic[T]):
         return getattr(layer.book, self.name)
 
     def __set__(self, layer: Any, value: T) -> None:
+        if self.fixed:
+            raise AttributeError(f"{self.name} cannot be changed; make another layer.")
         layer.book.catch_up()
         before = getattr(layer.book, self.name)
         setattr(layer.book, self.name, value)
@@ -183,9 +185,10 @@ class VectorQuantizer(nn.Module):
     waited = OfBook[Tensor]()  # or placed
     batches = OfBook[Tensor]()  # that were learned from
     salt, ready = OfBook[Tensor](), OfBook[Tensor]()
-    dim, codebook_size = OfBook[int](), OfBook[int]()
-    distance, init = OfBook[str](), OfBook[str]()
-    learnable, frozen, sync = OfBook[bool](), OfBook[bool](), OfBook[bool]()
+    dim, codebook_size = OfBook[int](fixed=True), OfBook[int](fixed=True)
+    distance, init = OfBook[str](fixed=True), OfBook[str](fixed=True)
+    learnable = OfBook[bool](fixed=True)
+    frozen, sync = OfBook[bool](), OfBook[bool]()
     decay, initial_count = OfBook[float](), OfBook[float]()
     revive_after, revive_below = OfBook["int | None"](), OfBook["float | None"]()
     automatic, collect_without_grad = OfBook[bool](), OfBook[bool]()

@@ -51,7 +51,14 @@ def process(rank: int, world: int, port: int, folder: str):
     compiled.learn()
     step = torch.compile(compiled, fullgraph=True, backend="aot_eager")
     for _ in range(4): step(torch.randn(40, 6)), compiled.learn()
-    torch.save({name: net.state_dict() for name, net in (("resumed", resumed), ("compiled", compiled))}, f"{folder}/more-{rank}.pt")
+    torch.manual_seed(rank)                                               # another start in each process, and codes placed before the first batch
+    placed = VectorQuantizer(6, 24, revive_after=1)
+    placed.kmeans_init(torch.randn(40, 6))
+    for _ in range(4): placed(torch.randn(10, 6))
+    if rank == 0: placed.load_state_dict(placed.state_dict())             # in the first process alone: nobody waits for the others
+    placed(torch.randn(10, 6))
+    nets = {"resumed": resumed, "compiled": compiled, "placed": placed}
+    torch.save({name: net.state_dict() for name, net in nets.items()}, f"{folder}/more-{rank}.pt")
     apart = VectorQuantizer(6, 24, sync=False)
     torch.manual_seed(rank)
     for _ in range(rank + 1): apart(torch.randn(10, 6))                   # waits for nobody: other numbers of steps
@@ -78,7 +85,7 @@ def test_processes_learn_what_one_would_learn_from_the_joint_batch(states, optio
     assert torch.equal(chosen.sort().values, alone["chosen"].sort().values)
 
 
-@pytest.mark.parametrize("kind", ["resumed", "compiled"])
+@pytest.mark.parametrize("kind", ["resumed", "compiled", "placed"])
 def test_processes_agree(states, kind):
     "Also where only the first one loaded a state, and inside a compiled graph."
     for name, value in states[0]["more"][kind].items():
