@@ -419,7 +419,7 @@ class Codebook(nn.Module):
         self._begun = self._processes() if ready else 0
 
     def _share(self) -> None:
-        "All processes take over the state of the first one, which they must do at once."
+        "All processes take over the state of the first one; all must call it."
         if self._processes() > 1:
             for state in (*self.parameters(), *self.buffers()):
                 if not hasattr(state, "full_tensor"):
