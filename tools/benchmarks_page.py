@@ -117,7 +117,7 @@ def estimators(held: dict) -> str:
              "rotvq, compiled / plain STE": ("rotvq, compiled", "plain STE")}
     rates = [[name, *(f"{x:.1f}" for x in values), f"{statistics.median(values):.1f}"]
              for name, values in ((name, ratios(held, *pair)) for name, pair in pairs.items())]
-    held_most = "Most memory held at one time, in multiples of the size of `z`. The gradient is one; in `rotvq` 0.0.3, measured here, the value was `q` itself (it is a copy since, one more)"
+    held_most = "Most memory held at one time, in multiples of the size of `z`. The gradient is one; in `rotvq` up to 0.0.3, as measured here, the value was `q` itself (it is a copy since, one more)"
     held_most += "; what it makes on the way belongs to one block of rows:" if named(held["machine"]) == "cpu" else ":"
     return "\n".join([opening(ESTIMATORS, "estimators", held), table(head, times), about(held, timed), "",
                       "How many times the first costs what the second costs:", "", table([*head, "median"], rates), held_most, "",
