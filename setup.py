@@ -9,7 +9,7 @@ config = ConfigParser(delimiters=["="])
 config.read(root / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("plots", "metrics", "notebooks", "dev", "integrations")}
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("plots", "metrics", "notebooks", "dev", "integrations", "benchmarks")}
 extras["dev"] += extras["notebooks"]                                       # the tests execute the notebooks
 
 setup(

@@ -15,12 +15,9 @@ import json
 import math
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
-from matplotlib.ticker import PercentFormatter
 
 from measure import machine, named
-from rotvq import plots
 from rotvq.cli import in_full
 from rotvq.data import SAMPLE, ImageNet10, Source, decode_picture, imagenet10, list_pictures
 from rotvq.distributed import best_device
@@ -56,32 +53,6 @@ def entries(setting: str, seed: int, folder: Path, held: ImageNet10) -> list[dic
         found.append({"setting": setting, "seed": seed, "estimator": name, "pictures": mine[-1]["images"], "seconds": mine[-1]["seconds"],
                       "machine": about["machine"]["name"], "torch": about["machine"]["torch"], "end": full} | curves)
     return found
-
-
-def effect(results: Path) -> None:
-    "The constant rate at a glance, into nbs/images/effect.png: a line for each seed, labelled where there is room."
-    models = [m for m in json.loads(results.read_text(encoding="utf-8"))["models"] if m["setting"] == "constant"]
-    panels = {"usage": "codes used", "mse": "reconstruction error (MSE)"}
-    words = {("usage", "rotation"): (1.2, 0.62, "rotation"), ("usage", "ste"): (11, 0.36, "straight-\nthrough"),
-             ("mse", "ste"): (9, 0.0325, "straight-through"), ("mse", "rotation"): (47, 0.0174, "rotation"),
-             ("mse", "rotation-then-ste"): (47, 0.0136, "rotation, then\nstraight-through")}
-    plots.style()
-    fig, axes = plt.subplots(1, 2, figsize=(8.6, 3.2))
-    for ax, (key, title) in zip(axes, panels.items()):
-        for name in ("ste", "rotation-then-ste", "rotation"):
-            for m in models:
-                if m["estimator"] == name: ax.plot(range(1, len(m[key]) + 1), m[key], color=plots.color_of(name), lw=1.3, alpha=0.85)
-        for (panel, name), (x, y, text) in words.items():
-            if panel == key: ax.text(x, y, text, color=plots.color_of(name), size=9.5, weight="bold", va="center")
-        ax.set(title=title, xlabel="epoch", xscale="log", xlim=(1, 45))
-        ax.set_xticks([1, 2, 5, 10, 20, 45], ["1", "2", "5", "10", "20", "45"])
-        ax.minorticks_off()
-    axes[0].yaxis.set_major_formatter(PercentFormatter(1))
-    axes[1].set(yscale="log")
-    axes[1].set_yticks([0.015, 0.02, 0.03, 0.05], ["0.015", "0.02", "0.03", "0.05"])
-    axes[1].minorticks_off()
-    fig.savefig(ROOT / "nbs" / "images" / "effect.png", dpi=130)
-    plt.close(fig)
 
 
 def draw(folder: Path, size: int = 128) -> None:
@@ -135,7 +106,6 @@ def main():
             settings = {name: dataclasses.asdict(c) for name, c in PRESET_SETTINGS[args.preset].items()}
             before = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {}
             write_atomically(results, json.dumps(before | {"settings": settings, "models": [held[key] for key in sorted(held)]}) + "\n")
-            if args.preset == "cpu": effect(results)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from rotvq.householder import unit
 from rotvq.model import VQVAE
 from rotvq.runs import hardware
 from rotvq.training import PRESETS, Config
-from rotvq.why import Change, Norm, Pull, after_encoder, birth_angles, forces, hold, shifted
+from rotvq.why import Change, Norm, Pull, after_encoder, birth_angles, forces, half_placed, hold, shifted
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "nbs" / "results" / "why.jsonl"
@@ -71,6 +71,18 @@ for title, config, change in (
     ("lr · 3", with_(lr=9e-4), None),
 ):
     EXPERIMENTS |= {f"{name}, {title}": (estimator, config, change) for name, estimator in PAIR.items()}
+def after(*changes: Change | None) -> Change:
+    "One change after another."
+    def change(model: VQVAE) -> None:
+        for part in filter(None, changes): part(model)
+    return change
+
+
+# where both keep a few codes from the plain start: with half of the codes placed by k-means there is something to lose or to win
+for title, config, change in (
+    ("as it is", STUDY, None), ("shifted by 3, held", STUDY, shifted(3.0)), ("‖z‖ = 1", STUDY, after_encoder(Norm(1.0))), ("cosine", with_(distance="cosine"), None),
+):
+    EXPERIMENTS |= {f"{name}, {title}, half placed": (estimator, config, after(half_placed, change)) for name, estimator in PAIR.items()}
 EXPERIMENTS |= {
     "straight-through, 30 epochs": ("ste", LONG, None),
     "rotation, 30 epochs": ("rotation", LONG, None),

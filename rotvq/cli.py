@@ -69,8 +69,9 @@ class Train:
     preset: Literal[("auto", *PRESETS)] | None = None
     # a file of settings, run.json of a run for example, instead of a preset
     config: Path | None = None
-    # one or several, side by side: ste, rotation, reflection, or rotation-then-ste
-    estimators: tuple[str, ...] = ("ste", "rotation")
+    # one or several, side by side: ste, rotation, rotation-until-used, reflection, or
+    # one after another, rotation-then-ste
+    estimators: tuple[str, ...] = ("ste", "rotation", "rotation-until-used")
     # folder with train/<class>/ and val/<class>/, or "sample";
     # None: ROTVQ_DATA, data/imagenet10, the cache, a download
     data: str | None = None
@@ -187,7 +188,7 @@ def print_summary(run, source, config: Config) -> None:
             "These are crops of two photographs. Do not read the figures as results on "
             "ImageNet-10."
         )
-    elif config == PRESETS["cpu"] and run.estimators == ("ste", "rotation"):
+    elif config == PRESETS["cpu"] and run.estimators == Train.estimators:
         print(CAVEAT)
     else:
         print(

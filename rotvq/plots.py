@@ -26,7 +26,12 @@ from .householder import reflect
 from .quantizer import ESTIMATORS, TITLES, title_of
 
 # %% ../nbs/90_plots.ipynb #06823258
-COLORS = {"ste": "#E69F00", "rotation": "#0072B2", "reflection": "#CC79A7"}
+COLORS = {
+    "ste": "#E69F00",
+    "rotation": "#0072B2",
+    "rotation-until-used": "#882255",
+    "reflection": "#CC79A7",
+}
 AFTER = "#009E73"  # one estimator after another
 CYCLE = [
     "#009E73",
@@ -275,7 +280,14 @@ def degrees(u, v) -> float:
 
 # %% ../nbs/90_plots.ipynb #5225b316
 def draw_gradients(
-    z1, z2, q1, q2, g1, g2, estimators=tuple(COLORS), origin=(0.0, 0.0)
+    z1,
+    z2,
+    q1,
+    q2,
+    g1,
+    g2,
+    estimators=("ste", "rotation", "reflection"),
+    origin=(0.0, 0.0),
 ) -> Figure:
     """`z`, `q`, `g` and the gradient at `z` of each estimator, with the angles that
     tell them apart."""

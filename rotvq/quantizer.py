@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Estimator', 'ESTIMATORS', 'TITLES', 'T', 'REDUCTIONS', 'INSIDE', 'Quantized', 'function_of', 'title_of', 'name_of',
-           'Diagnosis', 'OfBook', 'mean_square', 'quantization_loss', 'with_gradient', 'VectorQuantizer']
+           'Diagnosis', 'OfBook', 'mean_square', 'quantization_loss', 'takes_weight', 'with_gradient', 'skips',
+           'VectorQuantizer']
 
 # %% ../nbs/08_quantizer.ipynb #d2c7178b
 import inspect
@@ -18,9 +19,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .codebook import code_counts, exact_dtype, nearest_code, perplexity, usage
+from .distributed import scrambled
 from .householder import unit
 from .layout import Rows
-from .learning import Codebook, check_options
+from .learning import Codebook, check_options, rotation_until_used
 from .reflection import reflection_trick
 from .rotation import held_map, rotation_trick, warn_about_lambda
 from .ste import straight_through
@@ -34,18 +36,21 @@ class Quantized(NamedTuple):
     loss: Tensor  # commitment loss (and codebook loss, when learnable), a scalar
 
 # %% ../nbs/08_quantizer.ipynb #c25f09a1
-Estimator = Callable[[Tensor, Tensor], Tensor]
+Estimator = Callable[..., Tensor]  # (z, q) -> q, or with weight=
 ESTIMATORS: dict[str, Estimator] = {
     "ste": straight_through,
     "rotation": rotation_trick,
+    "rotation-until-used": rotation_until_used,
     "reflection": reflection_trick,
 }
 # for tables and figures
 TITLES = {
     "ste": "straight-through",
     "rotation": "rotation",
+    "rotation-until-used": "rotation until used",
     "reflection": "reflection",
 }
+
 
 # %% ../nbs/08_quantizer.ipynb #7c27543f
 def function_of(estimator: str | Estimator) -> Estimator:
@@ -113,8 +118,7 @@ class OfBook(Generic[T]):
         except ValueError:
             setattr(layer.book, self.name, before)
             raise
-        if not layer.book.automatic:  # revival may have been turned on
-            layer.book.make_room()
+        layer.book.take_options()
 
 # %% ../nbs/08_quantizer.ipynb #8fe972aa
 REDUCTIONS = "mean", "sample", "none"
@@ -157,14 +161,48 @@ def quantization_loss(
 INSIDE: dict[str, Estimator] = {
     "ste": straight_through,
     "rotation": partial(held_map, gamma=None, mirror=False),
+    "rotation-until-used": partial(held_map, gamma=None, mirror=False),
     "reflection": partial(held_map, gamma=None, mirror=True),
 }
 
 
-def with_gradient(estimator: str | Estimator, z: Tensor, q: Tensor) -> Tensor:
+def takes_weight(estimator: str | Estimator) -> bool:
+    "Whether the estimator wants to know how many codes lie unused."
+    if isinstance(estimator, str):
+        return estimator == "rotation-until-used"
+    return "weight" in inspect.signature(estimator).parameters
+
+
+def with_gradient(
+    estimator: str | Estimator,
+    z: Tensor,
+    q: Tensor,
+    weight: Callable[[], Tensor],  # of the rotation, asked for only where it is wanted
+) -> Tensor:
     "The value of the estimator, in memory of its own: a decoder may begin in place."
+    more = {"weight": weight()} if takes_weight(estimator) else {}
     inside = INSIDE.get(name_of(estimator))
-    return function_of(estimator)(z, q).clone() if inside is None else inside(z, q)
+    if inside is None:
+        return function_of(estimator)(z, q, **more).clone()
+    return inside(z, q, **more)
+
+
+# %% ../nbs/08_quantizer.ipynb #e80892df
+def skips(
+    rows: Rows,  # of a batch of samples, the first dimension of its shape
+    share: Tensor | float,  # of the samples
+    seed: Tensor,  # int64 scalar
+) -> Tensor:  # `(N,)` bool
+    """Which samples pass by the lookup: as if by chance, but decided by `seed` and by
+    the sample's own numbers. A repeated forward pass, another process and another part
+    of the batch decide alike, and nothing is to be saved for a run that goes on."""
+    bits = rows.vectors.detach().float().view(torch.int32).long()
+    bits = bits.sum(1).reshape(rows.shape)
+    bits = bits.flatten(1).sum(1) if bits.ndim > 1 else bits
+    chosen = scrambled(bits + scrambled(seed)) < share * (2**31 - 1)
+    chosen = chosen.reshape(chosen.shape + (1,) * (len(rows.shape) - chosen.ndim))
+    return chosen.expand(rows.shape).reshape(-1)
+
 
 # %% ../nbs/08_quantizer.ipynb #0d944ac8
 class VectorQuantizer(nn.Module):
@@ -192,13 +230,14 @@ class VectorQuantizer(nn.Module):
     decay, initial_count = OfBook[float](), OfBook[float]()
     revive_after, revive_below = OfBook["int | None"](), OfBook["float | None"]()
     automatic, collect_without_grad = OfBook[bool](), OfBook[bool]()
+    skip = OfBook[float]()
 
     def __init__(
         self,
         dim: int,  # d, channels of the input
         codebook_size: int,  # K
         *,
-        estimator: str | Estimator = "rotation",  # "ste", "reflection", any (z, q) -> q
+        estimator: str | Estimator = "rotation",  # another name, or any (z, q) -> q
         distance: str = "euclidean",  # or "cosine"
         learnable: bool = False,  # the codebook is a parameter with a codebook loss
         decay: float = 0.8,  # of the running averages, in [0, 1)
@@ -210,6 +249,7 @@ class VectorQuantizer(nn.Module):
         revive_after: int | None = None,  # batches without being chosen; `None`: never
         revive_below: float | None = None,  # running count (vectors a batch); `None`
         frozen: bool = False,  # the codebook stays; an attribute, change it at any time
+        skip: float = 0.0,  # share of the samples that pass by the lookup in training
         channel_first: bool | None = None,  # input `(B, d, ...)`; `None`: by its shape
         sync: bool = True,  # all processes learn; else DDP(broadcast_buffers=False)
     ):
@@ -225,6 +265,7 @@ class VectorQuantizer(nn.Module):
             revive_after=revive_after,
             revive_below=revive_below,
             frozen=frozen,
+            skip=skip,
             sync=sync,
         )
         weights = {"commitment": commitment, "codebook_weight": codebook_weight}
@@ -254,9 +295,11 @@ class VectorQuantizer(nn.Module):
         trained = book.learnable and not book.frozen
         weights = self.commitment, trained, self.codebook_weight
         loss = quantization_loss(rows, q, *weights, self.reduction)
-        out = with_gradient(self.estimator, rows.vectors, q.detach())
+        pair = rows.vectors, q.detach()
+        out = with_gradient(self.estimator, *pair, book.rotation_weight)
         if self.training:
             self._watch_lambda(vectors.vectors, q.detach())
+            out = self._skip(rows, out) if book.skips else out
         if learning:
             book.collect(vectors, indices)
         return Quantized(rows.restore_layout(out), indices.reshape(rows.shape), loss)
@@ -264,6 +307,12 @@ class VectorQuantizer(nn.Module):
     if TYPE_CHECKING:
 
         def __call__(self, z: Tensor, mask: Tensor | None = None) -> Quantized: ...
+
+    def _skip(self, rows: Rows, out: Tensor) -> Tensor:
+        "`out`, but z itself for the samples that pass by the lookup."
+        seed = scrambled(self.book.salt) + self.book.batches
+        chosen = skips(rows, self.book.skip_now, seed)
+        return torch.where(chosen[:, None], rows.vectors, out)
 
     def learn(self) -> None:
         """Move the codes by what forward passes have collected since the last call, on
@@ -278,6 +327,12 @@ class VectorQuantizer(nn.Module):
     def usage(self, within: int = 1) -> Tensor:
         "Share of codes chosen in the last `within` training batches."
         return self.book.usage(within)
+
+    def rotation_weight(self) -> Tensor:
+        """The weight w of the rotation in `"rotation-until-used"`, a scalar: the share
+        of codes that lie unused where the rotation can reach them."""
+        self.book.catch_up()
+        return self.book.rotation_weight()
 
     def perplexity(self) -> Tensor:
         "Perplexity of the running counts, which start even: K before training."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pullback', 'rotation_matrix', 'rotate', 'pullback_formula', 'pullback_definition', 'rounding', 'length_ratio',
-           'Pullback', 'pushforward', 'HeldMap', 'HeldMapDual', 'held_map', 'warn_about_lambda', 'watched_map',
+           'Pullback', 'pushforward', 'mixed', 'HeldMap', 'HeldMapDual', 'held_map', 'warn_about_lambda', 'watched_map',
            'rotation_trick', 'expand_gamma']
 
 # %% ../nbs/04_rotation.ipynb #fa59853a
@@ -118,25 +118,38 @@ def pushforward(u: Tensor, z: Tensor, q: Tensor, gamma, mirror: bool) -> Tensor:
     return Pullback.apply(u, q, z, scale, mirror)
 
 # %% ../nbs/04_rotation.ipynb #a7c627b0
+def mixed(weight: Tensor | None, turned: Tensor, g: Tensor) -> Tensor:
+    "`w · turned + (1 − w) · g`; one of them, bit for bit, where w is 1 or 0, or None."
+    if weight is None:
+        return turned
+    w = weight.to(g.dtype).unsqueeze(-1)
+    between = w * turned + (1 - w) * g
+    return torch.where(w == 0, g, torch.where(w == 1, turned, between))
+
+
 class HeldMap(torch.autograd.Function):
-    "Value `q`, bit for bit; gradient `γ Mᵀ g` to `z`, none to `q` and γ."
+    """Value `q`, bit for bit; gradient `γ Mᵀ g` to `z`, mixed with `g` where there is a
+    weight. None to `q`, γ and the weight."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(z, q, gamma, mirror):
+    def forward(z, q, gamma, mirror, weight):
         return q.clone()
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:3])
-        ctx.save_for_forward(*inputs[:3])
-        ctx.mirror = inputs[3]
+        *tensors, ctx.mirror, weight = inputs
+        ctx.save_for_backward(weight, *tensors)
+        ctx.save_for_forward(weight, *tensors)
 
     @staticmethod
     def backward(ctx, g):
-        constants = (t if t is None else t.detach() for t in ctx.saved_tensors)
-        return Pullback.apply(g, *constants, ctx.mirror), None, None, None
+        held = (t if t is None else t.detach() for t in ctx.saved_tensors)
+        weight, *constants = held
+        turned = Pullback.apply(g, *constants, ctx.mirror)
+        return mixed(weight, turned, g), None, None, None, None
+
 
 # %% ../nbs/04_rotation.ipynb #94680a1c
 class HeldMapDual(HeldMap):
@@ -144,14 +157,17 @@ class HeldMapDual(HeldMap):
 
     @staticmethod
     def jvp(ctx, z_dot, *_):
-        return pushforward(z_dot, *ctx.saved_tensors, ctx.mirror)
+        weight, *constants = ctx.saved_tensors
+        return mixed(weight, pushforward(z_dot, *constants, ctx.mirror), z_dot)
+
 
 # %% ../nbs/04_rotation.ipynb #5b418628
-def held_map(z: Tensor, q: Tensor, gamma, mirror: bool) -> Tensor:
+def held_map(z: Tensor, q: Tensor, gamma, mirror: bool, weight=None) -> Tensor:
     "`HeldMap` for a pair that is checked first."
     function = HeldMap if torch.compiler.is_compiling() else HeldMapDual
     z, q = check_pair(z, q)
-    return function.apply(z, q, expand_gamma(gamma, z), mirror)
+    return function.apply(z, q, expand_gamma(gamma, z), mirror, weight)
+
 
 # %% ../nbs/04_rotation.ipynb #bb901af4
 def warn_about_lambda(z: Tensor, q: Tensor, when: str, stacklevel: int) -> None:

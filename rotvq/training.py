@@ -70,6 +70,8 @@ class Config:
     commitment: float = 1.0
     # steps without being chosen until a code is revived; None: never
     revive_after: int | None = None
+    # share of the pictures that pass by the lookup in training
+    skip: float = 0.0
     # epochs until an estimator "a-then-b" goes over from a to b
     switch: int = 5
     # pictures in an optimizer step, of all processes together
@@ -292,7 +294,7 @@ class Learner:
         self.estimators, self.watch = parse_estimator(estimator), Stopwatch(device)
         torch.manual_seed(seed)  # the same initial weights for every estimator
         shape = config.width, config.dim, config.codebook_size, config.downsamples
-        names = "distance", "decay", "commitment", "revive_after"
+        names = "distance", "decay", "commitment", "revive_after", "skip"
         options = {name: getattr(config, name) for name in names}
         options["init"] = "uniform" if config.init == "kmeans" else config.init
         model = VQVAE(*shape, config.blocks, estimator=self.estimators[0], **options)

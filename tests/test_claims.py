@@ -43,14 +43,16 @@ def slug(heading: str) -> str:
 
 def test_every_claim_has_one_row():
     assert list(ROWS) == IDS
-    assert all(len(row) == 4 for row in ROWS.values())
+    assert all(len(row) == 5 for row in ROWS.values())
 
 
 @pytest.mark.parametrize("claim", IDS)
 def test_row(claim):
-    text, place, checks, verdict = ROWS[claim]
+    text, place, checks, verdict, evidence = ROWS[claim]
     cells, named = labelled(), re.findall(r"`([^`]+)`", checks)
     assert text and re.match(r"(holds|does not hold|open)\b", verdict)
+    # what is no proof says on how much it rests, and what would overturn it
+    assert evidence == "proof" or re.match(r"(proof; )?(live|recorded)\b.*: \w", evidence), evidence
     if not verdict.startswith("open"): assert named, "a verdict without a check"
     for name in named:
         if name.startswith("check-"):
@@ -85,5 +87,5 @@ def test_every_check_is_on_the_page():
                             "check-proposals", "check-bench", "check-pile", "check-decoder-scale", "check-swing", "check-forces", "check-late",
                             "check-clouds", "check-parts", "check-same-sequence", "check-larger-beta", "check-codes-move", "check-sampled", "check-commitment",
                             "check-decay", "check-residual-levels", "check-nothing-before", "check-optimizers", "check-better-start",
-                            "check-three-lines", "check-lanes", "check-on-a-gpu"}
+                            "check-three-lines", "check-lanes", "check-on-a-gpu", "check-weight", "check-skip", "check-drift", "check-half", "check-cloud", "check-rivals", "check-weights"}
     assert not missing - no_claims_of_a_source, missing

@@ -177,7 +177,7 @@ def test_what_the_layer_returns_is_not_overwritten(shape, training):
 
 def test_two_frames_serve_all_batch_sizes():
     torch._dynamo.reset()
-    for options in ({}, {"learnable": True}, {"revive_after": 2}, {"distance": "cosine", "estimator": "reflection"}):
+    for options in ({}, {"learnable": True}, {"revive_after": 2}, {"distance": "cosine", "estimator": "reflection"}, {"estimator": "rotation-until-used", "skip": 0.3}):
         counter = CompileCounterWithBackend("aot_eager_decomp_partition")
         model = Model(**options)
         assert_same_training(model, backend=counter, batches=[pictures(k, batch) for k, batch in enumerate((3, 3, 5, 2, 7, 3, 4, 6, 8, 9))], fullgraph=True)

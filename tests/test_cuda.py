@@ -173,7 +173,7 @@ def test_the_stopwatch():
     assert 0 < once < watch.read() < 600
 
 
-@pytest.mark.parametrize("estimator", ["rotation", "rotation-then-ste"])
+@pytest.mark.parametrize("estimator", ["rotation", "rotation-then-ste", "rotation-until-used"])
 def test_a_training_of_replayed_graphs_equals_one_step_by_step(estimator):
     "On a GPU each step of `many_trainings.py` is a captured graph; the second estimator is captured anew."
     from many_trainings import Job, carry_out

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from rotvq import nearest_code, reflect, reflection_trick, rotation_trick, straight_through
+from rotvq import nearest_code, reflect, reflection_trick, rotation_trick, rotation_until_used, straight_through
 from rotvq.codebook import code_sums
 
 NBS = Path(__file__).resolve().parent.parent / "nbs"
@@ -76,6 +76,7 @@ def test_formulas_agree_with_the_package(tmp_path):
       const rows = {json.dumps(rows.tolist())}, out = {{}};
       for (const name of ["ste", "rotation", "reflection"])
         out[name] = rows.map((r) => rotvq.gradients[name](r.slice(0, 2), r.slice(2, 4), r.slice(4)));
+      out.mixed = rows.map((r) => rotvq.gradients["rotation-until-used"](r.slice(0, 2), r.slice(2, 4), r.slice(4), undefined, .3));
       out.half = rows.map((r) => rotvq.gradients.rotation(r.slice(0, 2), r.slice(2, 4), r.slice(4), .5));
       out.reflect = rows.map((r) => rotvq.reflect(r.slice(0, 2), r.slice(2, 4)));
       out.nearest = rows.map((r) => rotvq.nearest(r.slice(0, 2), rotvq.codes));
@@ -88,6 +89,8 @@ def test_formulas_agree_with_the_package(tmp_path):
         assert_close(as_tensor(name), torch.autograd.grad(trick(point, q), point, g)[0])
     point = z.clone().requires_grad_()
     assert_close(as_tensor("half"), torch.autograd.grad(rotation_trick(point, q, gamma=.5), point, g)[0])
+    point = z.clone().requires_grad_()
+    assert_close(as_tensor("mixed"), torch.autograd.grad(rotation_until_used(point, q, .3), point, g)[0])
     assert_close(as_tensor("reflect"), reflect(z, q))
     assert answer["nearest"] == nearest_code(z, as_tensor("codes")).tolist()
     for chapter, name in (("02_ste", "codes"), ("01_vqvae", "points")):

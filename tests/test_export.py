@@ -48,7 +48,7 @@ def program(net, way, strict=False):
 
 @pytest.mark.parametrize("strict", STRICT)
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("options", [{}, {"estimator": "ste"}, {"estimator": "reflection"}, {"distance": "cosine"}, {"learnable": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"estimator": "ste"}, {"estimator": "reflection"}, {"estimator": "rotation-until-used", "skip": 0.5}, {"distance": "cosine"}, {"learnable": True}], ids=str)
 def test_any_batch_and_size(way, strict, options):
     net = model(**options)
     made = program(net, way, strict)

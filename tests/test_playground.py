@@ -25,7 +25,7 @@ def trained_here(start: dict, batches: list, options: dict) -> dict:
     "The same steps by PyTorch and rotvq."
     coders = nn.ModuleList(nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 2)) for _ in range(2)).double()
     layers = [coders[0][0], coders[0][2], coders[1][0], coders[1][2]]
-    vq = VectorQuantizer(2, 64, estimator=options["estimator"], distance=options["lookup"], decay=options["decay"],
+    vq = VectorQuantizer(2, options["codes"], estimator=options["estimator"], distance=options["lookup"], decay=options["decay"],
                          commitment=options["commitment"]).double()
     with torch.no_grad():
         for layer, (weight, bias) in zip(layers, start["layers"]):
@@ -39,20 +39,22 @@ def trained_here(start: dict, batches: list, options: dict) -> dict:
         opt.zero_grad()
         loss.backward()
         opt.step()
-    return {"layers": [(layer.weight, layer.bias) for layer in layers], "codebook": vq.codebook, "sums": vq.sums, "counts": vq.counts}
+    return {"layers": [(layer.weight, layer.bias) for layer in layers], "codebook": vq.codebook, "sums": vq.sums, "counts": vq.counts, "weight": vq.rotation_weight().item()}
 
 
 @needs_browser
 @pytest.mark.filterwarnings("ignore:At training batch 10")
 @pytest.mark.parametrize("options", [{}, {"estimator": "ste", "commitment": 0.25, "start": "uniform"}, {"estimator": "reflection", "lr": 0.003},
+                                     {"estimator": "rotation-until-used", "codes": 32},
                                      {"lookup": "cosine", "decay": 0.99, "start": "normal"}])
 def test_steps_agree_with_the_package(tmp_path, options):
-    options = {"estimator": "rotation", "lookup": "euclidean", "decay": 0.8, "commitment": 1, "lr": 0.01, "seed": 3} | options
+    options = {"estimator": "rotation", "lookup": "euclidean", "decay": 0.8, "commitment": 1, "lr": 0.01, "seed": 3, "codes": 64} | options
     answer = in_browser(tmp_path, STATE + f"""
       const toy = new rotvq.Toy({json.dumps(options)}), out = {{start: state(toy), batches: []}};
-      for (let k = 0; k < 30; k++) {{ const x = toy.draw(128); out.batches.push(x); toy.step(x); }}
-      return {{...out, end: state(toy)}};""", scripts=SCRIPTS)
+      for (let k = 0; k < 60; k++) {{ const x = toy.draw(128); out.batches.push(x); toy.step(x); }}
+      return {{...out, end: state(toy), weight: toy.weight()}};""", scripts=SCRIPTS)
     expected = trained_here(answer["start"], answer["batches"], options)
+    if options["codes"] == 32: assert answer["weight"] == expected["weight"] and 0 < answer["weight"] < 1   # of 60 batches, a window of 40
     for (weight, bias), (w, b) in zip(answer["end"]["layers"], expected["layers"]):
         assert_close(double(weight), w.detach(), rtol=1e-6, atol=1e-8)
         assert_close(double(bias), b.detach(), rtol=1e-6, atol=1e-8)
@@ -75,6 +77,9 @@ def test_what_the_page_says_comes_true(tmp_path):
       out.handed = [1, 2, 3, 4, 5].map((seed) => { const toy = new rotvq.Toy({seed});
         for (let k = 0; k < 3000; k++) { if (k === 1000) toy.options.estimator = "ste"; toy.step(); }
         const {used, mse} = toy.measure(); return {used, mse}; });
+      out.rule = [1, 2, 3, 4, 5].map((seed) => { const toy = new rotvq.Toy({seed, estimator: "rotation-until-used"}), weights = [toy.weight()];
+        const seen = {}; for (let k = 1; k <= 3000; k++) { toy.step(); if (k === 1000 || k === 3000) { seen[k] = toy.measure(); weights.push(toy.weight()); } }
+        return {used: [seen[1000].used, seen[3000].used], mse: seen[3000].mse, weights}; });
       const first = new rotvq.Toy({seed: 2}), same = new rotvq.Toy({seed: 2}), other = new rotvq.Toy({seed: 4});
       for (const toy of [first, same, other]) for (let k = 0; k < 5; k++) toy.step();
       out.same = JSON.stringify(first.codebook) === JSON.stringify(same.codebook);
@@ -91,6 +96,10 @@ def test_what_the_page_says_comes_true(tmp_path):
     assert sum(lower) >= 3
     assert min(both["used"] for both in answer["handed"]) > 55
     assert sum(both["mse"] < run["plain"]["3000"]["mse"] for run, both in zip(answer["rotation"], answer["handed"])) >= 3
+    rule, straight = answer["rule"], [run["plain"]["3000"]["mse"] for run in answer["ste"]]
+    assert min(run["used"][1] for run in rule) >= int(re.search(r"After 3,000 steps it has (\d+) or more", PAGE).group(1))
+    assert all(run["weights"][0] == 1 and 0 < run["weights"][1] < 0.5 and run["weights"][2] == 0 for run in rule)
+    assert all(run["mse"] < mse for run, mse in zip(rule, straight))
     assert sum(rotation["mse"] < ste["mse"] for ste, rotation in answer["kmeans"]) >= 4
     assert sum(ste["mse"] < rotation["mse"] for ste, rotation in answer["normal"]) >= 4
     assert min(model["used"] for pair in answer["normal"] for model in pair) > 55 and min(answer["mirror"]) > 0.1

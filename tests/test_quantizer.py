@@ -48,7 +48,8 @@ def test_estimators_share_the_value_and_differ_in_the_gradient():
         q, indices, _ = vq(leaf)
         assert torch.equal(q, vq.codebook[indices])
         grads[name] = torch.autograd.grad(q, leaf, g)[0]
-        assert_close(grads[name].double(), explicit(name, z, q.detach(), g), rtol=1e-4, atol=1e-5)
+        # the rule is straight-through in a layer that neither learns nor has learned
+        assert_close(grads[name].double(), explicit("ste" if name == "rotation-until-used" else name, z, q.detach(), g), rtol=1e-4, atol=1e-5)
     assert all((grads[a] - grads[b]).abs().median() > 0.1 for a, b in (("ste", "rotation"), ("ste", "reflection"), ("rotation", "reflection")))
 
 
@@ -177,7 +178,7 @@ def test_decode_takes_any_integers(dtype):
     assert torch.equal(vq.decode(torch.tensor([[1, 3]], dtype=dtype)), vq.codebook[[1, 3]][None])
 
 
-@pytest.mark.parametrize("estimator", ["ste", "rotation", "reflection"])
+@pytest.mark.parametrize("estimator", list(ESTIMATORS))
 def test_a_decoder_may_begin_in_place(estimator):
     layer = VectorQuantizer(4, 16, estimator=estimator)
     z = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()

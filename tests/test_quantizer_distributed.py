@@ -13,6 +13,7 @@ from rotvq import VectorQuantizer
 OPTIONS = {
     "plain": {}, "cosine": {"distance": "cosine"}, "k-means": {"init": "kmeans"}, "revival": {"revive_after": 2},
     "all": {"init": "kmeans", "revive_after": 1, "distance": "cosine"}, "learnable": {"learnable": True, "revive_after": 2},
+    "the rule": {"estimator": "rotation-until-used"},
 }
 SIZES = [37, 64, 5]                                                       # vectors of each process
 STEPS = 20

@@ -293,7 +293,7 @@ def test_a_reentrant_checkpoint_inside_another_teaches_once():
 # Transforms
 
 
-@pytest.mark.parametrize("options", [{}, {"distance": "cosine"}, {"learnable": True}, {"estimator": "ste"}, {"estimator": "reflection"}, {"codebook_size": 300}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"distance": "cosine"}, {"learnable": True}, {"estimator": "ste"}, {"estimator": "reflection"}, {"estimator": "rotation-until-used"}, {"codebook_size": 300}], ids=str)
 def test_forward_mode_and_hessian_of_the_layer(options):
     torch.manual_seed(0)
     vq = VectorQuantizer(**({"dim": 3, "codebook_size": 12, "init": "normal"} | options)).double().eval()

@@ -221,6 +221,23 @@ def test_an_estimator_after_another():
     assert used == ["rotation", "rotation", "ste", "ste"]
 
 
+def test_the_rule_and_skip_go_on_bit_for_bit(tmp_path):
+    "Neither keeps anything beside the codebook's counters: a learner that takes over the state makes the same steps."
+    config = dataclasses.replace(TINY, skip=0.3)
+    images = ImageNet10("train", TINY.size, SAMPLE, 48).images
+    whole, first, second = (Learner(config, "rotation-until-used", 0, CPU) for _ in range(3))
+    x = list(batches(images, config, 0, 0)) * 2
+    found = [[float(learner.step(part)[0]) for part in parts] for learner, parts in ((whole, x), (first, x[:4]))]
+    weights = first.model.quantizer.rotation_weight()
+    second.restore(first.state())
+    torch.rand(5)                                                         # no generator is asked
+    found[1] += [float(second.step(part)[0]) for part in x[4:]]
+    assert found[0] == found[1] and 0 < weights < 1
+    for a, b in zip(whole.model.state_dict().values(), second.model.state_dict().values()): assert torch.equal(a, b)
+    plain = Learner(TINY, "rotation-until-used", 0, CPU)
+    assert [float(plain.step(part)[0]) for part in x] != found[0]
+
+
 def test_streamed_pictures_train_as_held_ones(tmp_path, monkeypatch):
     held = train(TINY, "ste", SAMPLE, tmp_path / "held", quiet=True)
     monkeypatch.setattr("rotvq.data.LARGE", 0)

@@ -65,7 +65,7 @@ def pictures(device="cuda"): return torch.empty(8, 3, 16, 16, device=device).con
 
 
 @needs_fakes
-@pytest.mark.parametrize("estimator", ["ste", "rotation", "reflection", "rotation-then-ste"])
+@pytest.mark.parametrize("estimator", ["ste", "rotation", "rotation-until-used", "reflection", "rotation-then-ste"])
 @pytest.mark.parametrize("way", list(WAYS))
 def test_a_step_waits_for_nothing_and_stays_on_the_gpu(way, estimator):
     with FakeTensorMode():

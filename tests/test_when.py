@@ -12,7 +12,8 @@ from rotvq.bench import TOY, crops, trial
 from rotvq.codebook import nearest_code
 from rotvq.model import VQVAE
 from rotvq.training import Learner, to_float
-from rotvq.when import FSQ, SimVQ, learnable, quantized_by
+from rotvq.when import FSQ, SimVQ, learnable, normalized, quantized_by
+from rotvq.why import cloud_of, half_placed
 
 levels = st.lists(st.integers(2, 9), min_size=1, max_size=4)
 
@@ -86,3 +87,65 @@ def test_each_trains_and_all_of_it_learns(change):
     for _ in range(20): learner.step(to_float(crops()[:64]))  # at first all of FSQ's numbers may round to zero
     assert all(not torch.equal(p, before[name]) for name, p in learner.model.named_parameters())
     assert trial("rotation", config, change=change).rows[0]["mse"] < 1
+
+
+def test_simvq_counts_for_the_rule():
+    torch.manual_seed(0)
+    vq, z, g = SimVQ(6, 32, "rotation-until-used"), torch.randn(2, 6, 5, 5, requires_grad=True), torch.randn(2, 6, 5, 5)
+    grads = {}
+    for name in ("rotation", "rotation-until-used", "ste"):
+        vq.estimator = name
+        grads[name], = torch.autograd.grad(vq(z).q, z, g)
+        if name == "rotation": vq.idle.fill_(2**40)
+    assert_close(grads["rotation-until-used"], grads["rotation"])          # no code has been chosen before
+    for _ in range(200): indices = vq(z).indices                           # 160 K vectors, 50 at a time, take 103 batches
+    assert (vq.idle == 0).sum() == len(indices.unique()) and (vq.idle > 103).sum() == 32 - len(indices.unique())
+    vq.estimator = "rotation-until-used"
+    # the codes of a linear map are about equally long: none is within reach, and the rule goes straight
+    assert torch.equal(torch.autograd.grad(vq(z).q, z, g)[0], grads["ste"])
+
+
+def test_normalized_holds_the_scale_of_z():
+    torch.manual_seed(0)
+    model = VQVAE(16, 8, 32, 2, 1)
+    normalized(model)
+    x = to_float(crops("val")[:8])
+    z = model.encoder(x)
+    assert_close(z.flatten(1).mean(1), torch.zeros(8), atol=1e-5, rtol=0)
+    assert_close(z.flatten(1).var(1, unbiased=False), torch.ones(8), atol=1e-2, rtol=0)
+    assert sum(isinstance(part, torch.nn.GroupNorm) for part in model.modules()) == 3
+    learner = Learner(dataclasses.replace(TOY, epochs=1), "rotation-until-used", 0, torch.device("cpu"), normalized)
+    assert learner.step(x)[0].isfinite()
+
+
+@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
+def test_half_of_the_codes_are_placed_once(distance):
+    torch.manual_seed(0)
+    model = VQVAE(16, 8, 32, 2, 1, distance=distance)
+    start = model.quantizer.codebook.clone()
+    half_placed(model)
+    x = to_float(crops("val")[:64])
+    with torch.no_grad(): z = model.encoder(x)
+    model.quantizer(z)
+    placed = model.quantizer.codebook                                     # and one step of the running average
+    assert not torch.equal(placed[:16], start[:16]) and (model.quantizer.idle[:16] == 0).sum() > 8
+    far = torch.cdist(placed[:16].double(), z.movedim(1, -1).flatten(0, 2).double() if distance == "euclidean"
+                      else torch.nn.functional.normalize(z.movedim(1, -1).flatten(0, 2).double(), dim=1)).amin(1)
+    assert far.max() < 0.1
+    before = model.quantizer.codebook.clone()
+    model.quantizer.eval()(z)
+    assert torch.equal(model.quantizer.codebook, before)
+
+
+def test_a_cloud_is_measured_as_it_is():
+    "A model whose encoder and decoder do nothing: the error of the lookup is that of the pictures."
+    torch.manual_seed(0)
+    model = VQVAE(8, 3, 64, 2, 1)
+    model.encoder = model.decoder = torch.nn.Identity()
+    x = torch.randn(16, 3, 8, 8) * torch.tensor([1.0, 1.0, 0.01])[:, None, None]
+    model.quantizer.kmeans_init(x)
+    cloud = cloud_of(model, x)
+    rows = x.movedim(1, -1).flatten(0, 2)
+    assert cloud.decoded == 0 and abs(cloud.dimensions - 2) < 0.1
+    assert_close(torch.tensor(cloud.error), torch.tensor(cloud.mse) / rows.var(0, unbiased=False).mean())
+    assert abs(cloud.error / cloud.floor - 1) < 0.1

@@ -94,7 +94,8 @@ def about(held: dict, results: list[dict] | None = None) -> str:
     text = ", ".join([*parts, f"rotvq {held['version']} on {held['date']}"] if "version" in held else parts) + "."
     if results:
         far = [max(abs(q / r["median_s"] - 1) for q in r["quartiles_s"]) for r in results]
-        text += f" Quartiles within {max(far):.0%} of the median at most, half of them within {statistics.median(far):.1%}."
+        _, half, most = statistics.quantiles(far, n=4)
+        text += f" Quartiles within {half:.1%} of the median in half of the rows, within {most:.0%} in three of four."
     return text + (f" {held['note']}" if "note" in held else "")
 
 

@@ -1,4 +1,7 @@
-"""README.md from nbs/index.ipynb, so that the landing page is written once. `--check` only compares."""
+"""README.md from nbs/index.ipynb, so that the landing page is written once, and its picture from the chapter that draws it.
+
+`--check` only compares."""
+import base64
 import json
 import re
 import sys
@@ -25,8 +28,18 @@ def readme(notebook: dict) -> str:
     return "<!-- Made from nbs/index.ipynb by `make export`; edit there. -->\n\n" + "\n\n".join(parts) + "\n"
 
 
+def picture(notebook: dict, label: str) -> bytes:
+    "The PNG that the cell of this label has drawn."
+    cell = next(cell for cell in notebook["cells"] if f"#| label: {label}\n" in "".join(cell["source"]))
+    return base64.b64decode(next("".join(output["data"]["image/png"]) for output in cell["outputs"] if "image/png" in output.get("data", {})))
+
+
 if __name__ == "__main__":
     text = readme(json.loads((ROOT / "nbs" / "index.ipynb").read_text(encoding="utf-8")))
-    file = ROOT / "README.md"
-    if "--check" in sys.argv: sys.exit(file.read_text(encoding="utf-8") != text and "README.md differs from nbs/index.ipynb: run `make export`.")
+    effect = picture(json.loads((ROOT / "nbs" / "15_when.ipynb").read_text(encoding="utf-8")), "fig-rivals")
+    file, image = ROOT / "README.md", ROOT / "nbs" / "images" / "effect.png"
+    if "--check" in sys.argv:
+        differs = file.read_text(encoding="utf-8") != text or image.read_bytes() != effect
+        sys.exit(differs and "README.md or nbs/images/effect.png differs from the notebooks: run `make export`.")
     file.write_text(text, encoding="utf-8")
+    image.write_bytes(effect)

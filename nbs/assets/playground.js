@@ -101,6 +101,7 @@
       this.sums = this.codebook.map((c) => [...c]);
       this.counts = this.codebook.map(() => 1);
       this.waited = this.codebook.map(() => 0);
+      this.idle = this.codebook.map(() => Infinity);
       this.steps = 0;
       this.history = [];
       this.measure();
@@ -136,14 +137,22 @@
       const y = this.decode(q);
       const gy = y.map((row, i) => row.map((v, j) => (2 * (v - x[i][j])) / n));
       const g = layers[2].backward(through(layers[3].backward(gy), this.outer));
+      const w = this.weight();
       const gz = z.map((v, i) => {
-        const back = add(gradients[o.estimator](v, q[i], g[i]), add(v, q[i], -1), (2 * o.commitment) / n);
+        const back = add(gradients[o.estimator](v, q[i], g[i], undefined, w), add(v, q[i], -1), (2 * o.commitment) / n);
         return o.lookup === "cosine" ? scale(add(back, v, -dot(v, back)), 1 / norm(this.before[i])) : back;
       });
       layers[0].backward(through(layers[1].backward(gz), this.inner));
       this.steps += 1;
       layers.forEach((layer) => layer.adam(o.lr, this.steps));
       this.learn(z, of);
+    }
+    /* The rule's: share of codes that none of the last 160 K vectors chose, and less than a quarter as long as the others. */
+    weight() {
+      const total = Math.max(1, this.counts.reduce((a, b) => a + b)), K = this.codebook.length;
+      const after = Math.max(1, (160 * K) / total - 0.5), used = this.codebook.filter((_, k) => this.idle[k] < after);
+      const long = used.reduce((sum, c) => sum + norm(c), 0) / used.length;
+      return this.codebook.filter((c, k) => this.idle[k] >= after && !(norm(c) >= long / 4)).length / K;
     }
     /* Running averages with smoothed counts, as in the chapter on VQ-VAE. */
     learn(z, of) {
@@ -154,6 +163,7 @@
         this.counts[k] += (1 - decay) * (counts[k] - this.counts[k]);
         this.sums[k] = add(scale(this.sums[k], decay), sums[k], 1 - decay);
         this.waited[k] = counts[k] ? 0 : this.waited[k] + 1;
+        this.idle[k] = counts[k] ? 0 : this.idle[k] + 1;
       }
       const total = this.counts.reduce((a, b) => a + b);
       for (let k = 0; k < K; k++) {
@@ -186,7 +196,7 @@
     const t = ((k + ring / 2) * Math.PI) / 4;
     return [r * Math.cos(t), r * Math.sin(t)];
   }))];
-  const chosen = { estimator: "rotation", gamma: null, rate: 0.4 };
+  const chosen = { estimator: "rotation", gamma: null, weight: 0.5, rate: 0.4 };
   const spread = (points) => {
     const mean = scale(points.reduce((sum, v) => add(sum, v)), 1 / points.length);
     return Math.sqrt(points.reduce((sum, v) => sum + norm(add(v, mean, -1)) ** 2, 0) / points.length);
@@ -194,8 +204,8 @@
   scenes.cell = {
     points: { z: { label: "z, with the points of its cell around it" }, q: { label: "q, the code" }, g: { label: "g, the gradient at q", on: "q" } },
     draw(p, paint) {
-      const { estimator, gamma, rate } = chosen, color = colors[estimator];
-      const push = (v) => gradients[estimator](v, p.q, p.g, gamma === null ? undefined : gamma);
+      const { estimator, gamma, weight, rate } = chosen, color = colors[estimator];
+      const push = (v) => gradients[estimator](v, p.q, p.g, gamma === null ? undefined : gamma, weight);
       const cell = RINGS.map((offset) => add(p.z, offset)), after = cell.map((v) => add(v, push(v), -rate)), v = push(p.z);
       paint.arrow([0, 0], p.z, "#7f7f7f", "z");
       paint.arrow([0, 0], p.q, "#7f7f7f", "q");
@@ -229,12 +239,15 @@
     const controls = element("div", root, { class: "playground-controls" });
     const figure = element("div", root, { class: "rotvq-explorable", "data-scene": "cell", "data-start": root.dataset.start });
     const draw = () => figure.rotvq && figure.rotvq.update();
-    choice(controls, "estimator", names, chosen.estimator, (value) => { chosen.estimator = value; draw(); });
+    choice(controls, "estimator", names, chosen.estimator, (value) => { chosen.estimator = value; unused.disabled = value !== "rotation-until-used"; draw(); });
     const label = element("label", controls, {}, "length ");
     const own = element("select", label, { "aria-label": "length of the gradient" });
     for (const [key, text] of [["lambda", "λ, as published"], ["own", "γ, chosen"]]) element("option", own, { value: key }, text);
     const gamma = element("input", element("label", controls, {}, "γ "), { type: "range", min: 0.1, max: 2, step: 0.05, value: 1 });
     const shown = element("output", controls);
+    const unused = element("input", element("label", controls, {}, "w, the share of codes unused "), { type: "range", min: 0, max: 1, step: 0.05, value: chosen.weight });
+    unused.disabled = true;
+    unused.addEventListener("input", () => { chosen.weight = Number(unused.value); draw(); });
     const set = () => {
       gamma.disabled = own.value === "lambda";
       chosen.gamma = gamma.disabled ? null : Number(gamma.value);

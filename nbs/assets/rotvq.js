@@ -5,8 +5,9 @@
   "use strict";
   if (window.rotvq) return;
 
-  const COLORS = { ste: "#E69F00", rotation: "#0072B2", reflection: "#CC79A7" };
-  const NAMES = { ste: "straight-through", rotation: "rotation", reflection: "reflection" };
+  const RULE = "rotation-until-used";
+  const COLORS = { ste: "#E69F00", rotation: "#0072B2", [RULE]: "#882255", reflection: "#CC79A7" };
+  const NAMES = { ste: "straight-through", rotation: "rotation", [RULE]: "rotation until used", reflection: "reflection" };
   const dot = (u, v) => u[0] * v[0] + u[1] * v[1];
   const norm = (v) => Math.sqrt(dot(v, v));
   const add = (u, v, k = 1) => [u[0] + k * v[0], u[1] + k * v[1]];
@@ -16,7 +17,8 @@
   const reflect = (u, v) => (norm(v) > 0 ? add(u, unit(v), -2 * dot(u, unit(v))) : u);
   const rounding = (r) => (norm(r) > 1e-12 ? r : [0, 0]);
 
-  /* Gradient at z for the gradient g at q; `ratio` multiplies it, the length ratio of q and z unless given. */
+  /* Gradient at z for the gradient g at q; `ratio` multiplies what is turned, the length ratio of q and z unless given;
+     `weight` is that of the rotation under the rule. */
   function carried(mirrored, z, q, g, ratio) {
     const defined = norm(z) > 0 && norm(q) > 0;
     if (ratio === undefined) ratio = defined ? norm(q) / norm(z) : 1;
@@ -29,6 +31,7 @@
   const gradients = {
     ste: (z, q, g) => g,
     rotation: (z, q, g, ratio) => carried(false, z, q, g, ratio),
+    [RULE]: (z, q, g, ratio, weight = 1) => add(scale(carried(false, z, q, g, ratio), weight), g, 1 - weight),
     reflection: (z, q, g, ratio) => carried(true, z, q, g, ratio),
   };
   function nearest(z, codes) {
