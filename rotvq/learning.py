@@ -523,6 +523,7 @@ class Codebook(nn.Module):
         self.discard()
         super()._load_from_state_dict(*args, **kwargs)
         self._restore_exact()
+        self.take_options()  # its buffer is in no state dict
         self._unready, self._version = True, self._version + 1
         if self.ready.device.type == "meta" or not bool(self.ready):
             self._begun = 0

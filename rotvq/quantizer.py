@@ -170,7 +170,13 @@ def takes_weight(estimator: str | Estimator) -> bool:
     "Whether the estimator wants to know how many codes lie unused."
     if isinstance(estimator, str):
         return estimator == "rotation-until-used"
-    return "weight" in inspect.signature(estimator).parameters
+    if isinstance(estimator, partial) and "weight" in estimator.keywords:
+        return False  # it has one already
+    try:  # a module is called by its forward()
+        signature = inspect.signature(getattr(estimator, "forward", estimator))
+    except ValueError:  # a built-in function tells nothing
+        return False
+    return "weight" in signature.parameters
 
 
 def with_gradient(
@@ -194,8 +200,10 @@ def skips(
     seed: Tensor,  # int64 scalar
 ) -> Tensor:  # `(N,)` bool
     """Which samples pass by the lookup: as if by chance, but decided by `seed` and by
-    the sample's own numbers. A repeated forward pass, another process and another part
-    of the batch decide alike, and nothing is to be saved for a run that goes on."""
+    the sample's own numbers. Where these come out the same to the last bit, a repeated
+    forward pass, another process and another part of the batch decide alike, and
+    nothing is to be saved for a run that goes on."""
+    share = torch.as_tensor(share).float()  # in half precision 2³¹ is infinite
     bits = rows.vectors.detach().float().view(torch.int32).long()
     bits = bits.sum(1).reshape(rows.shape)
     bits = bits.flatten(1).sum(1) if bits.ndim > 1 else bits
@@ -418,7 +426,7 @@ class VectorQuantizer(nn.Module):
         if torch.compiler.is_compiling() or self._seen == 10 or z.device.type == "meta":
             return
         self._seen += 1
-        if self._seen == 10 and self.estimator_name in ("rotation", "reflection"):
+        if self._seen == 10 and self.estimator_name in INSIDE.keys() - {"ste"}:
             warn_about_lambda(z, q, "training batch 10", stacklevel=6)
 
     @property

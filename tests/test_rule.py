@@ -1,5 +1,6 @@
 """The rule, rotation until the codes are used: its gradient, its weight; and skip, samples that pass by the lookup."""
 import copy
+import functools
 import math
 
 import pytest
@@ -13,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from rotvq import VectorQuantizer, convert_state_dict, learn_after, rotation_trick, straight_through
 from rotvq.codebook import nearest_code
 from rotvq.learning import NEVER_CHOSEN, UNUSED_AFTER, rotation_until_used
-from rotvq.quantizer import ESTIMATORS, TITLES, skips
+from rotvq.quantizer import ESTIMATORS, TITLES, skips, takes_weight
 
 from test_estimators import DTYPES, draw, explicit, gradient
 from test_quantizer import state_of
@@ -215,6 +216,21 @@ def test_an_estimator_of_your_own_may_take_the_weight():
     assert torch.equal(torch.autograd.grad(q, z, g)[0], g)
 
 
+def test_which_functions_take_the_weight():
+    class Own(nn.Module):
+        def forward(self, z, q, weight): return rotation_until_used(z, q, weight)
+
+    assert takes_weight(Own()) and takes_weight(rotation_until_used) and takes_weight(RULE)
+    assert not takes_weight(functools.partial(rotation_until_used, weight=0.0))
+    assert not any(map(takes_weight, ("ste", "rotation", straight_through, torch.lerp, nn.Identity(), lambda z, q: q)))
+    own, named = (VectorQuantizer(4, 16, estimator=estimator) for estimator in (Own(), RULE))
+    named.load_state_dict(own.state_dict())
+    z, g = torch.randn(40, 4, requires_grad=True), torch.randn(40, 4)
+    for _ in range(2):
+        a, b = (torch.autograd.grad(vq(z).q, z, g)[0] for vq in (own, named))
+        assert torch.equal(a, b)
+
+
 def test_the_weight_is_not_read_by_the_host():
     from torch._subclasses.fake_tensor import FakeTensorMode
     with FakeTensorMode():
@@ -297,6 +313,19 @@ def test_skip_may_change_without_a_new_graph():
         net.vq.skip = share
         outs.append(step(x).item())
     assert counter.frame_count == 1 and len(set(outs)) == 4
+
+
+def test_skip_in_half_precision_and_after_the_meta_device():
+    torch.manual_seed(0)
+    z = torch.randn(400, 3, 6)
+    share = lambda vq, z: (vq(z).q == z).flatten(1).all(1).float().mean()
+    vq = VectorQuantizer(6, 16, skip=0.2).half()
+    assert 0.1 < share(vq, z.half()) < 0.3
+    with torch.device("meta"): vq = VectorQuantizer(6, 16, skip=0.2)
+    vq.to_empty(device="cpu")
+    vq.book.skip_now.fill_(-1)                                            # whatever lay in that memory
+    vq.load_state_dict(VectorQuantizer(6, 16).state_dict())
+    assert 0.1 < share(vq, z) < 0.3
 
 
 @pytest.mark.parametrize("skip", [-0.1, 1.1, math.nan])
