@@ -21,6 +21,8 @@ from rotvq.training import PRESETS
 
 METRICS = {"mse", "psnr", "quantization_error", "relative_error", "usage", "perplexity", "images"}
 
+DEFAULT = ("ste", "rotation", "rotation-until-used")
+
 
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch):
@@ -40,9 +42,9 @@ def test_the_run_folder(trained, capsys):
     config = json.loads((trained / "run.json").read_text())
     assert "root" not in config["run"] and config["run"]["data"] == "sample" and config["run"]["preset"]["name"] == "smoke" and config["machine"]["device"]
     rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
-    assert [(r["epoch"], r["estimator"]) for r in rows] == [(1, "ste"), (1, "rotation"), (2, "ste"), (2, "rotation")]
+    assert [(r["epoch"], r["estimator"]) for r in rows] == [(epoch, name) for epoch in (1, 2) for name in DEFAULT]
     assert all(row["data"] == "sample" for row in rows)
-    for name in ("ste", "rotation"):
+    for name in DEFAULT:
         assert {p.name for p in (trained / name).iterdir()} == {"config.json", "run.json", "metrics.jsonl", "model.safetensors"}
     assert Image.open(trained / "reconstructions.png").width > 500 and Image.open(trained / "curves.png").width > 500
     assert main(["train", "--resume", "--data", "sample", "--out", str(trained)]) == 0            # finished: shows the table again
@@ -54,13 +56,13 @@ def test_what_the_gap_depends_on_stands_beside_the_table_it_is_true_for(tmp_path
     "The preset cpu on pictures that are no sample; the training itself is left out here."
     monkeypatch.setattr(cli, "imagenet10", lambda root: Source(SAMPLE.root, "pictures"))
     rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
-    fake = training.Run(trained, {"estimators": ["ste", "rotation"]})
+    fake = training.Run(trained, {"estimators": DEFAULT})
     fake.rows = rows
     monkeypatch.setattr(cli, "train", lambda *args, **options: fake)
     monkeypatch.setattr(cli, "save_pictures", lambda *args: [])
     monkeypatch.setattr(cli, "ImageNet10", lambda *args: SimpleNamespace(images=None))
     assert main(["train", "--preset", "cpu", "--out", str(tmp_path)]) == 0
-    assert "a k-means start" in ' '.join(capsys.readouterr().out.split())
+    assert "The rotation's lead in error ends" in ' '.join(capsys.readouterr().out.split())
     assert main(["train", "--preset", "smoke", "--out", str(tmp_path)]) == 0
     assert "preset cpu" in capsys.readouterr().out
 
@@ -210,7 +212,7 @@ def test_settings_from_a_file(tmp_path, trained):
 
 def test_a_run_is_resumed_with_its_own_settings(trained):
     args = parse(["train", "--resume", "--out", str(trained)])
-    assert args.settings == PRESETS["smoke"] and args.estimators == ("ste", "rotation") and args.data == "sample"
+    assert args.settings == PRESETS["smoke"] and args.estimators == DEFAULT and args.data == "sample"
     assert parse(["train", "--resume", "--out", str(trained), "--seed", "3"]).seed == 3                # and refused later: see the test of faults
 
 
