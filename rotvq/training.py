@@ -709,7 +709,7 @@ def run_epoch(
 def describe(row: dict) -> str:
     "One line of metrics.jsonl for people."
     return (
-        f"epoch {row['epoch']:3} {row['estimator']:10} val MSE {row['mse']:.4f}  "
+        f"epoch {row['epoch']:3} {row['estimator']:19} val MSE {row['mse']:.4f}  "
         f"quantization error {row['quantization_error']:.1e}  codes used "
         f"{row['usage']:6.1%}  "
         f"perplexity {row['perplexity']:6.1f}  {row['seconds']:.0f} s"
