@@ -17,7 +17,7 @@ from when import ROOT, SETUPS, config_of
 from rotvq import rotation_until_used
 from rotvq.bench import trial
 from rotvq.data import SAMPLE, ImageNet10, imagenet10
-from rotvq.learning import NEVER_CHOSEN, Codebook
+from rotvq.learning import NEVER_CHOSEN, Codebook, unused_within_reach
 from rotvq.runs import hardware
 
 RESULTS = ROOT / "nbs" / "results" / "rule.jsonl"
@@ -46,7 +46,7 @@ WEIGHTS = {
     "twice the share, at most 1": lambda book: (2 * share(book)).clamp_max(1),
     "all or nothing at 5 %": lambda book: (share(book) > 0.05).float(),
     "share never used": lambda book: (book.idle >= NEVER_CHOSEN // 2).float().mean(),
-    "unused within reach": within(0.25),
+    "unused within reach": lambda book: unused_within_reach(book(), book.idle, book.counts.sum()),
     "unused, half as long": within(0.5),
     "within reach, after 40 K": within(0.25, 40),
     "within reach, after 1,280 K": within(0.25, 1280),
@@ -66,7 +66,7 @@ def run(setup: str, name: str, pictures) -> dict:
         held["book"] = model.quantizer.book
 
     def estimator(z, q):
-        w = weight(held["book"])
+        with torch.no_grad(): w = weight(held["book"])
         weights.append(w)
         return rotation_until_used(z, q, w)
 

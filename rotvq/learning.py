@@ -78,12 +78,12 @@ UNUSED_AFTER = 160  # vectors for each code, of which none chose it
 def unused_within_reach(
     codes: Tensor,  # `(K, d)`
     idle: Tensor,  # `(K,)` batches since a vector chose each
-    vectors: Tensor | int,  # in a batch
+    vectors: Tensor,  # in a batch, a scalar on the same device
 ) -> Tensor:  # scalar in [0, 1]
     """Share of the codes that none of the last `UNUSED_AFTER` K vectors chose, and that
     are less than a quarter as long as the codes in use; 1 where none is in use."""
-    vectors = torch.as_tensor(vectors, device=idle.device).clamp_min(1)
-    unused = idle >= (UNUSED_AFTER * len(idle) / vectors - 0.5).clamp_min(1)
+    window = UNUSED_AFTER * len(idle) / vectors.clamp_min(1)  # in batches
+    unused = idle >= (window - 0.5).clamp_min(1)
     length = codes.norm(dim=1)
     long = torch.where(unused, 0, length).sum() / (~unused).sum()  # NaN without any
     return (unused & ~(length >= long / 4)).float().mean()
@@ -640,6 +640,6 @@ def rotation_until_used(
     tensor([1.0000, 0.5000])
     """
     if not isinstance(weight, Tensor):
-        weight = torch.tensor(weight, dtype=exact_dtype(z), device=z.device)
+        weight = torch.full((), weight, dtype=exact_dtype(z), device=z.device)
     return along(lambda z, q: held_map(z, q, None, False, weight), z, q, dim)
 

@@ -57,7 +57,8 @@ class SimVQ(nn.Module):
             indices = nearest_code(rows.vectors, codes.detach())
             q = codes[indices]
             loss = quantization_loss(rows, q, self.commitment, trained=True)
-            weight = partial(unused_within_reach, codes.detach(), self.idle, len(q))
+            vectors = (indices >= 0).sum()  # on the device
+            weight = partial(unused_within_reach, codes.detach(), self.idle, vectors)
             out = with_gradient(self.estimator, rows.vectors, q.detach(), weight)
             if self.training:
                 used = code_counts(indices, self.codebook_size) > 0
