@@ -176,7 +176,7 @@ def profiled(step, device: str, count: int = 5) -> dict:
 
 
 def run(device: str, preset: str, runs: Path, out: Path) -> None:
-    "Epochs of the three models of the full run, until a signal; the next check goes on from there."
+    "Epochs of the four models of the full run, until a signal; the next check goes on from there."
     import torch
 
     from rotvq.data import Source, imagenet10
@@ -187,7 +187,7 @@ def run(device: str, preset: str, runs: Path, out: Path) -> None:
     source = imagenet10(os.environ.get("ROTVQ_DATA"), download=False)
     config, folder = dataclasses.replace(PRESETS[preset], switch=1 if preset == "smoke" else 5), runs / f"gpu-check-{preset}-{source.name}"
     print(f"pictures: {source.name}, {source.root}", flush=True)
-    try: train(config, ("ste", "rotation", "rotation-then-ste"), Source(source.root, source.name), folder, resume="auto", device=torch.device(device), quiet=True)
+    try: train(config, ("ste", "rotation", "rotation-then-ste", "rotation-until-used"), Source(source.root, source.name), folder, resume="auto", device=torch.device(device), quiet=True)
     except Stopped as stopped: print(f"stopped in {stopped}", flush=True)
     finally:
         if (folder / "metrics.jsonl").exists(): shutil.copy(folder / "metrics.jsonl", out / "metrics.jsonl")

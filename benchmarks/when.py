@@ -10,7 +10,9 @@ to nbs/results/when.jsonl; what is there is not run again, so the script can be 
 --part 0/2 and --part 1/2, each with OMP_NUM_THREADS=1.
 
 The ways of RIVALS come afterwards: in the plain set-up two or three rates around 2.7e-3 on seed 0, the two best of them on seed 1, and the one with
-the lower mean on seeds 2 to 4, which had no part in choosing it; in the set-ups of WIDER the same rates on seed 0, and the best on seeds 2 to 4.
+the lower mean on seeds 2 to 4, which had no part in choosing it. In the set-ups of WIDER 2.7e-3 and 8.1e-3 on seed 0, and 9e-4 where the lower of
+those is the better; the best on seeds 2 to 4. Of a start by k-means and one by revival only the better on seed 0 goes on there, and skip is tried with the
+better of revival and the rule. At 64 × 64 the main ways are run on seeds 0 to 2, at their rates of 32 × 32.
 Where runs are there already, they count. DiVeQ needs the extra: pip install ".[benchmarks]". (The cosine lookup under straight-through has three runs more, at 8.1e-3: with
 seeds 1 and 2 its best rate lay at the edge of what had been tried.)
 """
@@ -121,8 +123,10 @@ SETUPS["DiVeQ"] = SetUp({}, quantized_by(DiVeQ), ())
 # pairs of set-up and estimator; those of the plain set-up are tuned on seeds 0 and 1
 RIVALS = [(name_in("plain", added), estimator) for estimator, added, _ in WAYS.values()]
 RIVALS += [("k-means start and revival", STE), ("plain", "turn"), ("DiVeQ", "diveq"), *((f"pull {weight}", STE) for weight in PULLS)]
-OTHERS = [(name_in(base, added), estimator) for base in WIDER for estimator, added, _ in WAYS.values()
-          if not ("start" in added and ("start" in base or "placed" in base))]
+OTHERS = [(base, way) for base in WIDER for way in WAYS if not ("start" in way and ("start" in base or "placed" in base))]
+# of these two only the better on the tuning seed goes on
+EITHER = {"revival": "k-means start", "k-means start": "revival", "revival, skip": "rule, skip", "rule, skip": "revival, skip"}
+LARGER = "rule", "rule, revival", "revival, skip", "rule, skip"
 
 
 def config_of(name: str, lr: float) -> Config:
@@ -191,19 +195,50 @@ def seeds_of(rows: list[dict], name: str, estimator: str, lr: float) -> set[int]
     return {row["seed"] for row in rows if (row["setup"], row["estimator"], row["lr"]) == (name, estimator, lr)}
 
 
-def next_of(rows: list[dict], name: str, estimator: str, tuning: tuple[int, ...]) -> tuple[float, int] | None:
+def pair_in(base: str, way: str) -> tuple[str, str]:
+    estimator, added, _ = WAYS[way]
+    return name_in(base, added), estimator
+
+
+def rates_of(name: str, estimator: str) -> tuple[float, ...]:
+    if estimator == "diveq": return DIVEQ_RATES
+    return FEWER if name.startswith("pull") or "skip" in name or estimator == "turn" else AROUND
+
+
+def tuned_rate(rows: list[dict], name: str, estimator: str, tuning: tuple[int, ...]) -> float:
+    "The rate with the lowest mean on the seeds that tune."
+    whole = {lr: sum(runs[seed] for seed in tuning) for lr, runs in by_rate(rows, name, estimator).items()
+             if lr in rates_of(name, estimator) and set(tuning) <= runs.keys()}
+    return min(whole, key=whole.get)
+
+
+def next_of(rows: list[dict], name: str, estimator: str, tuning: tuple[int, ...], reports: bool = True) -> tuple[float, int] | None:
     "The next rate and seed to run: rates on the first seed, the two best on another that tunes, the best of those on the reported ones."
     first, *further = tuning
-    rates = DIVEQ_RATES if estimator == "diveq" else FEWER if name.startswith("pull") or "skip" in name or estimator == "turn" else AROUND
+    rates = rates_of(name, estimator)
     for lr in rates:
+        # below the lower of two rates there is nothing to look for where the higher one was the better
+        if lr == AROUND[2] and next(iter(by_rate(rows, name, estimator))) == AROUND[1]: continue
         if first not in seeds_of(rows, name, estimator, lr): return lr, first
     held = {lr: runs for lr, runs in by_rate(rows, name, estimator).items() if lr in rates}
     for seed in further:
         for lr in list(held)[:2]:
             if seed not in held[lr]: return lr, seed
-    whole = {lr: sum(runs[seed] for seed in tuning) for lr, runs in held.items() if set(tuning) <= runs.keys()}
-    lr = min(whole, key=whole.get)
-    return next(((lr, seed) for seed in REPORTED if seed not in held[lr]), None)
+    lr = tuned_rate(rows, name, estimator, tuning)
+    return next(((lr, seed) for seed in REPORTED if reports and seed not in held[lr]), None)
+
+
+def least(rows: list[dict], name: str, estimator: str) -> float:
+    "The least error on the tuning seed."
+    return min((runs[TUNING] for runs in by_rate(rows, name, estimator).values()), default=float("inf"))
+
+
+def goes_on(rows: list[dict], base: str, way: str) -> bool:
+    "Whether a way of a wider set-up is run beyond the tuning seed; with skip, at all: it is added to the better of revival and the rule."
+    other = EITHER.get(way)
+    if (base, other) not in OTHERS: return True
+    mine, its = (least(rows, *pair_in(base, one.removesuffix(", skip"))) for one in (way, other))
+    return mine <= its
 
 
 def main():
@@ -231,9 +266,16 @@ def main():
     for seed in (TUNING, *SEEDS):
         for name, estimator in mine:
             if name in MAIN: once(name + LARGE, estimator, best_rate(read(), name, estimator), seed, source)
-    for pairs, tuning in ((RIVALS, (0, 1)), (OTHERS, (0,))):
-        for pair in own(pairs):
-            while due := next_of(read(), *pair, tuning): once(*pair, *due, source)
+    for pair in own(RIVALS):
+        while due := next_of(read(), *pair, (0, 1)): once(*pair, *due, source)
+    wider = [(base, way) for base, way in OTHERS if pair_in(base, way) in own([pair_in(*place) for place in OTHERS])]
+    for reports in (False, True):
+        for base, way in wider:
+            if (reports or "skip" in way) and not goes_on(read(), base, way): continue
+            while due := next_of(read(), *pair_in(base, way), (TUNING,), reports): once(*pair_in(base, way), *due, source)
+    for seed in (TUNING, *SEEDS):
+        for name, estimator in own([pair_in("plain", way) for way in LARGER]):
+            once(name + LARGE, estimator, tuned_rate(read(), name, estimator, (0, 1)), seed, source)
 
 
 if __name__ == "__main__":
