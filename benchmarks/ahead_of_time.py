@@ -30,6 +30,7 @@ JOBS = {f"pullback, d = {d}": ("pullback", d, torch.float32, False) for d in (2,
 JOBS |= {f"pullback, d = {d}, {dtype}".replace("torch.", ""): ("pullback", d, dtype, False)
          for d, dtype in ((4, torch.bfloat16), (32, torch.bfloat16), (4, torch.float64), (32, torch.float64), (4096, torch.float64))}
 JOBS |= {f"mirror and γ, d = {d}, float16": ("pullback", d, torch.float16, True) for d in (4, 32)}
+JOBS |= {f"weight for all, d = {d}": ("weighted", d, torch.float32, False) for d in (4, 32, 256)}
 JOBS |= {f"search, d = {d}": ("search", d, torch.float32, False) for d in (4, 16, 32)}
 JOBS |= {f"differences, d = {d}": ("differences", d, torch.float32, False) for d in (4, 32, 256)}
 
@@ -37,10 +38,11 @@ JOBS |= {f"differences, d = {d}": ("differences", d, torch.float32, False) for d
 def source(kind: str, d: int, dtype: torch.dtype, mirror: bool, warp: int) -> tuple[ASTSource, dict]:
     "What Triton compiles, with the options of a launch."
     name, number = "*" + NAMES[dtype], "i32"
-    if kind == "pullback":
-        kernel, const = kernels.pullback_kernel, kernels.pullback_options(d, dtype, warp) | {"mirror": mirror, "has_gamma": mirror}
-        types = {"g": name, "z": name, "q": name, "out": name, "gamma": "*fp32", "n": number, "d": number}
-        if not mirror: const["gamma"] = None
+    if kind in ("pullback", "weighted"):
+        weighs = kind == "weighted"
+        kernel, const = kernels.pullback_kernel, kernels.pullback_options(d, dtype, warp) | {"mirror": mirror, "has_gamma": mirror, "has_weight": weighs, "next_weight": 0}
+        types = {"g": name, "z": name, "q": name, "out": name, "gamma": "*fp32", "weight": "*fp32", "n": number, "d": number}
+        const |= {key: None for key, there in (("gamma", mirror), ("weight", weighs)) if not there}
     elif kind == "differences":
         kernel, const = kernels.differences_kernel, kernels.differences_options(d)
         types = {key: name for key in ("z", "codes", "origin")} | {"indices": "*i64", "out": "*i64", "n": number, "K": number, "d": number, "rough": "fp32"}
@@ -59,7 +61,7 @@ def source(kind: str, d: int, dtype: torch.dtype, mirror: bool, warp: int) -> tu
 def stamp() -> str:
     "Of the kernels' source and of how they are compiled: another one than in the file means that the file is old."
     kinds = kernels.power_of_two, kernels.exponent, kernels.pullback_kernel, kernels.search_kernel, kernels.differences_kernel
-    of = {"pullback": kernels.pullback_options, "search": lambda d, _: kernels.search_options(d), "differences": lambda d, _: kernels.differences_options(d)}
+    of = {"pullback": kernels.pullback_options, "weighted": kernels.pullback_options, "search": lambda d, _: kernels.search_options(d), "differences": lambda d, _: kernels.differences_options(d)}
     options = [of[kind](d, dtype) for kind, d, dtype, _ in JOBS.values()]
     said = [inspect.getsource(kernel.fn) for kernel in kinds] + [f"{name}: {value}" for held in options for name, value in held.items()]
     return hashlib.sha256("\n".join(said).encode()).hexdigest()[:12]

@@ -22,9 +22,9 @@ def kernels_on_the_cpu() -> None:
     InterpreterBuilder.create_fma = fma
 
     @pullback.register_kernel("cpu")
-    def _(g, z, q, gamma, mirror):
+    def _(g, z, q, gamma, mirror, weight=None):
         used["pullback"] += 1
-        return kernels.launch_pullback(g, z, q, gamma, mirror)
+        return kernels.launch_pullback(g, z, q, gamma, mirror, weight)
 
     @best_code.register_kernel("cpu")
     def _(z, codes, offset, tile):

@@ -8,6 +8,7 @@ counted by Inductor itself. Writes nbs/results/traffic.json and, from it, nbs/be
 """
 import json
 import logging
+import math
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from vector_quantize_pytorch import VectorQuantize
 from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to
 
 from measure import ROOT, page
-from rotvq import VectorQuantizer, codebook, cpu, kernels, rotation_trick
+from rotvq import VectorQuantizer, codebook, cpu, kernels, rotation_trick, rotation_until_used
 from rotvq.codebook import best_code_definition, by_differences_definition, code_sums
 from rotvq.quantizer import quantization_loss
 from rotvq.rotation import pullback_definition, pullback_formula, rounding
@@ -26,7 +27,7 @@ ESTIMATORS = [(65536, 32), (16384, 256), (65536, 4)]
 LAYERS = [(32768, 32, 1024), (16384, 256, 1024), (16384, 4, 8192), (4096, 64, 16384)]
 
 
-def in_float32(g, z, q, gamma, mirror):
+def in_float32(g, z, q, gamma, mirror, weight=None):
     "The definition on a device without float64."
     return pullback_formula(g, z, q, gamma, mirror, rounding(z))
 
@@ -52,7 +53,12 @@ class Traffic(TorchDispatchMode):
     def count(self, tensors) -> None:
         "One kernel that reads or writes these."
         self.kernels += 1
-        self.bytes += sum(t.numel() * t.element_size() for t in tree_leaves(tensors) if isinstance(t, torch.Tensor))
+        self.bytes += sum(held(t) * t.element_size() for t in tree_leaves(tensors) if isinstance(t, torch.Tensor))
+
+
+def held(t: torch.Tensor) -> int:
+    "Its numbers, those of an expanded dimension once."
+    return math.prod(size for size, step in zip(t.shape, t.stride()) if step)
 
 
 PULLBACK, BEST_CODE, BY_DIFFERENCES = (getattr(torch.ops.rotvq, name).default for name in ("pullback", "best_code", "by_differences"))
@@ -124,8 +130,9 @@ def estimators(n: int, d: int) -> dict:
     z.requires_grad_()
     unit = 4 * n * d
     once = lambda f: lambda: torch.autograd.grad(f(z, q), z, g)
-    ste = lambda z, q: z + (q - z).detach()
+    ste, half = lambda z, q: z + (q - z).detach(), torch.tensor(0.5)
     rows = {"rotvq, a GPU with Triton": counted(once(rotation_trick), on_gpu(n, d), unit),
+            "rotvq, the rule, a GPU with Triton": counted(once(lambda z, q: rotation_until_used(z, q, half)), on_gpu(n, d), unit),
             "rotvq, a GPU without Triton": counted(once(rotation_trick), WITHOUT_TRITON, unit),
             "rotvq, without float64 (Apple)": counted(once(rotation_trick), APPLE, unit),
             "rotvq, a CPU, in its cache": counted(once(rotation_trick), CPU, unit),

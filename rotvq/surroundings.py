@@ -29,7 +29,7 @@ def _(z, codes, origin, indices, tile):
 
 # %% ../nbs/83_surroundings.ipynb #96c315d6
 @pullback.register_fake
-def _(g, z, q, gamma, mirror):
+def _(g, z, q, gamma, mirror, weight=None):
     return torch.empty(g.shape, dtype=g.dtype, device=g.device)
 
 # %% ../nbs/83_surroundings.ipynb #af9fe88a

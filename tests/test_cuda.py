@@ -58,6 +58,10 @@ def test_the_kernel_of_the_gradient_passes_its_check_and_is_used(d, dtype, monke
             right = pullback_definition(g, z, q, gamma, mirror).double()
             error = (pullback(g, z, q, gamma, mirror).double() - right).norm(dim=1) / right.norm(dim=1)
             assert error.max() < max(1e-6, 2 * torch.finfo(dtype).eps)
+    for weight in ((torch.arange(ROWS, device="cuda") % 4 / 2).clamp_max(1), torch.tensor(0.3, device="cuda").expand(ROWS)):
+        right = pullback_definition(g, z, q, None, False, weight).double()
+        off = (pullback(g, z, q, None, False, weight).double() - right).norm(dim=1)
+        assert (off / right.norm(dim=1).maximum(g.double().norm(dim=1))).max() < max(1e-6, 2 * torch.finfo(dtype).eps)
     launches = []
     monkeypatch.setattr(kernels, "launch_pullback", lambda *args: launches.append(args) or args[0].clone())
     pullback(g, z, q, None, False)

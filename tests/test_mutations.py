@@ -11,11 +11,12 @@ FOLDER = Path(__file__).resolve().parent
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 
 STE = "return g, None", "return 2 * g, None"
-BACKWARD = "turned = Pullback.apply(g, *constants, ctx.mirror)"
-IDENTITY = BACKWARD, "turned = g"                                                          # the trick copies the gradient
-TRANSPOSED = BACKWARD, "turned = pushforward(g, *constants, ctx.mirror)"        # Rᵀ → R
-NO_LAMBDA = "expand_gamma(gamma, z), mirror, weight)", "expand_gamma(1.0 if gamma is None else gamma, z), mirror, weight)"
-INVERSE = "expand_gamma(gamma, z), mirror, weight)", "expand_gamma(1 / length_ratio(z, q) if gamma is None else gamma, z), mirror, weight)"
+BACKWARD = "return pull(g, z, q, gamma, ctx.mirror, weight)"
+IDENTITY = BACKWARD, "return g"                                                         # the trick copies the gradient
+TRANSPOSED = BACKWARD, "return pushforward(g, z, q, gamma, weight, ctx.mirror)"       # Rᵀ → R
+SCALE = 'expand(gamma, "gamma", z), expand(weight'
+NO_LAMBDA = SCALE, 'expand(1.0 if gamma is None else gamma, "gamma", z), expand(weight'
+INVERSE = SCALE, 'expand(1 / length_ratio(z, q) if gamma is None else gamma, "gamma", z), expand(weight'
 ROTATE = "return u - 2 * r * along(r) + 2 * b * along(a)"
 BACK = ROTATE, "return u - 2 * r * along(r) + 2 * a * along(b)"                            # from b to a
 HALF_TURN = ROTATE, "return 2 * r * along(r) - u"                                          # a to b by half a turn
@@ -70,13 +71,13 @@ MUTATIONS = {
     "F1: two mirrors": ("check-f1", "mirror=True", "mirror=False"),
     "F2: two mirrors": ("check-f2", "mirror=True", "mirror=False"),
     "F2: one mirror for the rotation": ("check-f2-angle", "gamma, mirror=False)", "gamma, mirror=True)"),
-    "G1: the scale is not heard": ("check-g1", "expand_gamma(gamma, z), mirror, weight)", "None, mirror, weight)"),
+    "G1: the scale is not heard": ("check-g1", SCALE, "None, expand(weight"),
     "G2: λ upside down": ("check-g2", "(q.norm(dim=-1) / z.detach().norm(dim=-1))", "(z.detach().norm(dim=-1) / q.norm(dim=-1))"),
     "G3: λ left out": ("check-balance", *NO_LAMBDA),
     "G4: running averages that stay": ("check-lambda-at-the-start", *DECAY[:1], "running), 0.0)"),
     "G5: copied": ("check-g5", *IDENTITY),
-    "G6: λ where it should be 1": ("check-g6", "expand_gamma(gamma, z), mirror, weight)",
-                                   "expand_gamma(2 * length_ratio(z, q) if gamma is None else gamma, z), mirror, weight)"),
+    "G6: λ where it should be 1": ("check-g6", SCALE,
+                                   'expand(2 * length_ratio(z, q) if gamma is None else gamma, "gamma", z), expand(weight'),
     "P1: the trick copies": ("check-toy", '"rotation": partial(held_map, gamma=None, mirror=False)', '"rotation": straight_through'),
     "P5: a third halving": ("check-p5", "nn.Conv2d(a, b, 4, 2, 1)", "nn.Conv2d(a, b, 4, 4)"),
     "P6: the way back": ("check-p6", "2 * e @ zh[..., None] @ qh[:, None]", "2 * e @ qh[..., None] @ zh[:, None]"),

@@ -46,6 +46,18 @@ def test_value_and_gradient_in_any_dtype(seed, d, w, lead, dtype):
     assert_close(ours.double(), sum(parts), rtol=0, atol=4 * torch.finfo(dtype).eps * size)
 
 
+def test_a_weight_for_each_vector():
+    z, q, g = draw(4, 2, 3, 5)
+    w = torch.rand(2, 3, generator=torch.Generator().manual_seed(0))
+    rows = [gradient(rotation_until_used, *(v[i, j] for v in (z, q, g)), weight=w[i, j].item()) for i in range(2) for j in range(3)]
+    assert_close(gradient(rotation_until_used, z, q, g, weight=w), torch.stack(rows).view(2, 3, 5))
+    assert_close(torch.func.vmap(functools.partial(gradient_of, weight=w[0]))(z, q, g)[0], gradient(rotation_until_used, z, q, g, weight=w[:1])[0])
+    with pytest.raises(ValueError, match=r"weight has shape \(3, 2\)"): rotation_until_used(z, q, w.T)
+
+
+def gradient_of(z, q, g, weight): return torch.func.vjp(lambda z: rotation_until_used(z, q, weight), z)[1](g)[0]
+
+
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan])
 def test_the_ends_are_the_two_estimators_bit_for_bit(bad):
     z, q, g = draw(0, 500, 7)

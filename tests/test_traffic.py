@@ -15,11 +15,14 @@ from traffic import APPLE, WITHOUT_TRITON, counted, layers, on_gpu  # noqa: E402
 def test_the_pullback_moves_the_least_and_its_definition_not_much(d):
     import torch
 
-    from rotvq import rotation_trick
+    from rotvq import rotation_trick, rotation_until_used
     z, q, g = torch.randn(3, 500, d)
     z.requires_grad_()
     once = lambda: torch.autograd.grad(rotation_trick(z, q), z, g)
     assert counted(once, on_gpu(500, d), z.nbytes) == {"kernels": 2, "bytes": 6.0}
+    half = torch.tensor(0.5)                                              # the rule's weight goes into the same pass
+    weighted = counted(lambda: torch.autograd.grad(rotation_until_used(z, q, half), z, g), on_gpu(500, d), z.nbytes)
+    assert weighted["kernels"] == 2 and abs(weighted["bytes"] - 6) < 1e-3
     spread = lambda: rotation_trick(z, q).sum().backward()                # g has no memory of its own: a copy, and the sum
     assert counted(spread, on_gpu(500, d), z.nbytes)["kernels"] > 3
     # a copy of q for the value, and one pass over g, z and q

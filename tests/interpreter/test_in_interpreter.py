@@ -25,6 +25,21 @@ def test_random_rows(name, n, d):
     assert relative_error(pullback(g, z, q, gamma, NAMES[name]), exact / lam * gamma.double()[:, None]).max() < BOUND
 
 
+@pytest.mark.parametrize("d", [1, 3, 32, 100])
+def test_weighted_rows(d):
+    "The rule's gradient in the same kernel: ends bit for bit, also where what is not asked for is not finite; rows with their own weight."
+    z, q, g = draw(d, 40, d)
+    w = (torch.arange(40) % 4 / 2).clamp_max(1)
+    z[4], q[8], z[12] = 0, torch.nan, torch.inf                           # of rows with weight 0
+    out, turned = pullback(g, z, q, None, False, w), pullback(g, z, q, None, False)
+    assert torch.equal(out[w == 0], g[w == 0]) and torch.equal(out[w == 1], turned[w == 1])
+    assert relative_error(out[w == 0.5], (g.double() + turned.double())[w == 0.5] / 2).max() < (BOUND if d > 1 else 1e-4)
+    for one in (0.0, 0.3, 1.0):
+        same = pullback(g, z, q, None, False, torch.tensor(one).expand(40))
+        assert torch.equal(same.nan_to_num(7), pullback(g, z, q, None, False, torch.full((40,), one)).nan_to_num(7))
+    assert torch.equal(pullback(g, z, q, None, False, torch.tensor(0.0).expand(40)), g)
+
+
 def in_blocks(name, z, q, g):
     "The same without a d × d matrix."
     z, q, g = z.double(), q.double(), g.double()
