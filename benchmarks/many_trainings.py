@@ -7,10 +7,10 @@ the streams of several jobs overlap. A job is a line of JSON with an estimator, 
 
     {"estimator": "rotation-then-ste", "seed": 1, "preset": "study", "epochs": 30, "lr": 0.0009}
 
-At most --wide jobs are alive; one that is finished makes room for the next. After each epoch of a job its validation is printed, as a
-line of JSON, and at the end of a job (or of the time) its line goes to --out. Without JOBS: six jobs of the preset study, one of them
-first by itself, and how many pictures a second the GPU takes either way. On a CPU, or with --rehearse (a tiny form of that), the same
-steps run without graphs, one after the other.
+benchmarks/rivals_128.jsonl holds the ways of the chapter "When" at 128 × 128, seed by seed. At most --wide jobs are alive; one that is
+finished makes room for the next. After each epoch of a job its validation is printed, as a line of JSON, and at the end of a job (or of
+the time) its line goes to --out. Without JOBS: six jobs of the preset study, one of them first by itself, and how many pictures a second
+the GPU takes either way. On a CPU, or with --rehearse (a tiny form of that), the same steps run without graphs, one after the other.
 """
 import argparse
 import dataclasses

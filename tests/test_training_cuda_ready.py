@@ -4,7 +4,9 @@ A fake tensor has a device and a shape and no numbers. So whatever asks for a nu
 devices: a hidden wait for the GPU, or an operand that was left on the CPU, fails here as it would cost or fail there.
 """
 import dataclasses
+import json
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,8 +17,9 @@ from rotvq.codebook import kmeans
 from rotvq.learning import Codebook
 from rotvq.training import PRESETS, Learner, sums_of
 
+ROOT = Path(__file__).resolve().parent.parent
 SMALL = dataclasses.replace(PRESETS["cuda"], name="small", size=16, width=16, dim=8, codebook_size=32, batch=8)
-WAYS = {"plain": {}, "float32": {"precision": "float32"}, "revival": {"revive_after": 3}, "cosine": {"distance": "cosine"}, "averaged": {"ema": 0.9}, "micro-batches": {"micro_batch": 4},
+WAYS = {"plain": {}, "float32": {"precision": "float32"}, "revival": {"revive_after": 3}, "cosine": {"distance": "cosine"}, "averaged": {"ema": 0.9}, "skip": {"skip": 0.2}, "micro-batches": {"micro_batch": 4},
         "the paper's f8": {"downsamples": 3, "weight_decay": 1e-4}}
 
 
@@ -108,6 +111,16 @@ def test_kmeans_waits_for_nothing(monkeypatch, distance):
     generator of the CPU, so they are numbers here too."""
     monkeypatch.setattr(torch, "rand", lambda count, **options: SimpleNamespace(tolist=lambda: [0.5] * count))
     with FakeTensorMode(): assert kmeans(torch.empty(128, 8, device="cuda"), 32, 3, None, distance).device.type == "cuda"
+
+
+def test_the_trainings_prepared_for_a_gpu_can_begin():
+    "benchmarks/rivals_128.jsonl"
+    lines = (ROOT / "benchmarks" / "rivals_128.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(set(lines)) == len(lines) > 20
+    for about in map(json.loads, lines):
+        config = dataclasses.replace(PRESETS[about.pop("preset")], **{key: value for key, value in about.items() if key not in ("estimator", "seed")})
+        assert config.size == 128 and not (config.micro_batch or config.ema or config.init == "kmeans")   # see `Job`
+        Learner(dataclasses.replace(config, width=8), about["estimator"], about["seed"], torch.device("meta")).begin(0)
 
 
 @pytest.mark.parametrize("way", list(WAYS))
