@@ -101,8 +101,11 @@ WAYS = {
     "straight-through": (STE, "", {}), "revival": (STE, ", revival", REVIVAL), "k-means start": (STE, ", k-means start", KMEANS),
     "rotation": ("rotation", "", {}), "hand-over": ("rotation-then-ste", "", {}),
     "rule": (RULE, "", {}), "rule, revival": (RULE, ", revival", REVIVAL),
+    "rule, revival auto": (RULE, ", revival auto", {"revive_after": "auto"}),
     "revival, skip": (STE, ", revival, skip", REVIVAL | SKIP), "rule, skip": (RULE, ", skip", SKIP),
 }
+# with 512 codes at 32 × 32 that is after 50 batches, one and the same run
+AUTO = "rule, revival auto"
 WIDER = {
     "K = 4,096": SetUp({"codebook_size": 4096}), "β = 1/4, decay 0.99": SETUPS["β = 1/4, decay 0.99"],
     "learnable codebook": SETUPS["learnable codebook"], "learnable codebook, k-means start": SETUPS["learnable codebook, k-means start"],
@@ -121,12 +124,13 @@ for _base, _setup in {"plain": SETUPS["plain"], **WIDER}.items():
 SETUPS |= {f"pull {weight}": SetUp({}, after_encoder(Pull(weight)), ()) for weight in PULLS}
 SETUPS["DiVeQ"] = SetUp({}, quantized_by(DiVeQ), ())
 # pairs of set-up and estimator; those of the plain set-up are tuned on seeds 0 and 1
-RIVALS = [(name_in("plain", added), estimator) for estimator, added, _ in WAYS.values()]
+RIVALS = [(name_in("plain", added), estimator) for way, (estimator, added, _) in WAYS.items() if way != AUTO]
 RIVALS += [("k-means start and revival", STE), ("plain", "turn"), ("DiVeQ", "diveq"), *((f"pull {weight}", STE) for weight in PULLS)]
-OTHERS = [(base, way) for base in WIDER for way in WAYS if not ("start" in way and ("start" in base or "placed" in base))]
+OTHERS = [(base, way) for base in WIDER for way in WAYS
+          if not ("start" in way and ("start" in base or "placed" in base)) and (way != AUTO or "K = " in base)]
 # of these two only the better on the tuning seed goes on
 EITHER = {"revival": "k-means start", "k-means start": "revival", "revival, skip": "rule, skip", "rule, skip": "revival, skip"}
-LARGER = "rule", "rule, revival", "revival, skip", "rule, skip"
+LARGER = "rule", AUTO, "revival, skip", "rule, skip"
 
 
 def config_of(name: str, lr: float) -> Config:
@@ -274,8 +278,9 @@ def main():
             if (reports or "skip" in way) and not goes_on(read(), base, way): continue
             while due := next_of(read(), *pair_in(base, way), (TUNING,), reports): once(*pair_in(base, way), *due, source)
     for seed in (TUNING, *SEEDS):
-        for name, estimator in own([pair_in("plain", way) for way in LARGER]):
-            once(name + LARGE, estimator, tuned_rate(read(), name, estimator, (0, 1)), seed, source)
+        for way in LARGER:
+            small = pair_in("plain", way.removesuffix(" auto"))           # which has the rate
+            if own([small]): once(pair_in("plain", way)[0] + LARGE, small[1], tuned_rate(read(), *small, (0, 1)), seed, source)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ __all__ = ['Estimator', 'ESTIMATORS', 'TITLES', 'T', 'REDUCTIONS', 'INSIDE', 'Qu
 import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -236,7 +236,8 @@ class VectorQuantizer(nn.Module):
     learnable = OfBook[bool](fixed=True)
     frozen, sync = OfBook[bool](), OfBook[bool]()
     decay, initial_count = OfBook[float](), OfBook[float]()
-    revive_after, revive_below = OfBook["int | None"](), OfBook["float | None"]()
+    revive_after = OfBook["int | Literal['auto'] | None"]()
+    revive_below = OfBook["float | None"]()
     automatic, collect_without_grad = OfBook[bool](), OfBook[bool]()
     skip = OfBook[float]()
 
@@ -254,7 +255,8 @@ class VectorQuantizer(nn.Module):
         reduction: str = "mean",  # of the loss; "sample": `(B,)`, "none": as indices
         init: str = "uniform",  # start of the codebook: "uniform", "normal" or "kmeans"
         initial_count: float = 1.0,  # of each code at the start; 0 in the authors' code
-        revive_after: int | None = None,  # batches without being chosen; `None`: never
+        # batches without being chosen; "auto": 400 vectors for each code; `None`: never
+        revive_after: int | Literal["auto"] | None = None,
         revive_below: float | None = None,  # running count (vectors a batch); `None`
         frozen: bool = False,  # the codebook stays; an attribute, change it at any time
         skip: float = 0.0,  # share of the samples that pass by the lookup in training

@@ -68,8 +68,9 @@ class Config:
     decay: float = 0.8
     # β, the weight of the commitment loss
     commitment: float = 1.0
-    # steps without being chosen until a code is revived; None: never
-    revive_after: int | None = None
+    # steps without being chosen until a code is revived; "auto": 400 vectors for each
+    # code; None: never
+    revive_after: int | Literal["auto"] | None = None
     # share of the pictures that pass by the lookup in training
     skip: float = 0.0
     # epochs until an estimator "a-then-b" goes over from a to b

@@ -306,6 +306,26 @@ def test_learn_after_finds_every_codebook_and_can_be_taken_back():
 # Revival
 
 
+@pytest.mark.parametrize("options", [{}, {"learnable": True}, {"distance": "cosine"}], ids=str)
+def test_revival_by_vectors_and_not_by_batches(options):
+    "400 vectors for each of 8 codes are 50 batches of 64, or 25 of 128."
+    for batch, after in ((64, 50), (128, 25)):
+        layers = []
+        for revive_after in ("auto", after):
+            torch.manual_seed(0)
+            layers.append(VectorQuantizer(4, 8, init="normal", revive_after=revive_after, **options))
+        assert layers[0].revive_after == "auto" and "revive_after=auto" in repr(layers[0])
+        placed = 0
+        for step in range(120):
+            z = torch.randn(batch, 4, generator=torch.Generator().manual_seed(step)) * 0.1 + 3
+            for vq in layers: vq(z), vq.learn()
+            assert all(torch.equal(a, b) for a, b in zip(*(vq.state_dict().values() for vq in layers)))
+            placed += (layers[0].waited == 0).sum() - (layers[0].idle == 0).sum()
+        assert placed > 0
+    for bad in ("later", 0, -1, 2.5, True):
+        with pytest.raises(ValueError, match="auto"): VectorQuantizer(4, 8, revive_after=bad)
+
+
 @pytest.mark.parametrize("how", [{"revive_after": 3}, {"revive_below": 0.5}, {"revive_after": 3, "revive_below": 0.1}], ids=str)
 @pytest.mark.parametrize("options", [{}, {"learnable": True}, {"distance": "cosine"}], ids=str)
 def test_unused_codes_are_put_on_vectors_of_the_batch_before(how, options):

@@ -1,5 +1,6 @@
 """The public API as users write it, for a type checker; nothing here runs. `tests/test_types.py` checks it."""
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +49,7 @@ def layer(z: Tensor) -> None:
     assert_type(vq.batches, Tensor)
     assert_type(vq.frozen, bool)
     assert_type(vq.decay, float)
-    assert_type(vq.revive_after, int | None)
+    assert_type(vq.revive_after, int | Literal["auto"] | None)
     assert_type(vq.usage(), Tensor)
     assert_type(vq.perplexity(), Tensor)
     assert_type(vq.diagnose(z).theta, Tensor)
