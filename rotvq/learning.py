@@ -154,6 +154,7 @@ class Codebook(nn.Module):
     salt: Tensor  # int64, another for every codebook: levels of a stack draw other rows
     ready: Tensor  # int64 and no bool, so that averages can be taken: the start is made
     skip_now: Tensor  # `skip`, on the device
+    _weight: Tensor | None = None  # of this forward pass, where a graph was left for it
 
     def __init__(
         self,
@@ -266,15 +267,17 @@ class Codebook(nn.Module):
             )
         return torch.compiler.is_compiling() or not is_repeated()
 
-    def enter(self, rows: Rows, learning: bool) -> Tensor:
+    def enter(self, rows: Rows, learning: bool, weighs: bool = False) -> Tensor:
         """The codes that this forward pass looks up in. A graph must be left for what
-        happens outside it: the start, and learning in the automatic mode."""
+        happens outside it: the start, and learning in the automatic mode; `weighs`: it
+        will ask for the weight of the rotation."""
+        self._weight = None
         if not torch.compiler.is_compiling():
             self._enter(rows, learning)
         elif self._automatic and self.training and not self.frozen:
-            return call_learn_after_to_stay_in_the_graph(self, rows)
+            return call_learn_after_to_stay_in_the_graph(self, rows, weighs)
         elif learning and self._begun < self._processes():
-            return call_kmeans_init_or_learn_after_to_stay(self, rows)
+            return call_kmeans_init_or_learn_after_to_stay(self, rows, weighs)
         return self()
 
     def _enter(self, rows: Rows, learning: bool) -> None:
@@ -545,7 +548,7 @@ class Codebook(nn.Module):
     def __getstate__(self) -> dict:
         self.catch_up()
         fresh = dict(_automatic=True, _to_repeat=[], collected={}, _pending=False)
-        fresh["_repeats"] = self._version
+        fresh |= dict(_repeats=self._version, _weight=None)
         return self.__dict__ | fresh
 
     def _restore_exact(self) -> None:
@@ -559,6 +562,8 @@ class Codebook(nn.Module):
     def rotation_weight(self) -> Tensor:
         """The rotation's, `unused_within_reach`. A frozen layer, or one in eval mode,
         has 0 before it has learned. What is pending does not count yet."""
+        if self._weight is not None and torch.compiler.is_compiling():
+            return self._weight
         weight = unused_within_reach(self.forward(), self.idle, self.counts.sum())
         learns = self.training and not self.frozen
         return weight if learns else weight * (self.batches > 0)
@@ -574,21 +579,27 @@ class Codebook(nn.Module):
         return perplexity(self.counts)
 
 # %% ../nbs/07_learning.ipynb #1cae5500
-def codes_of_its_own(book: Codebook, rows: Rows) -> Tensor:
-    "For a compiled graph: the codes of the codebook may move before its backward pass."
+def codes_of_its_own(book: Codebook, rows: Rows, weighs: bool) -> Tensor:
+    """For a compiled graph: the codes of the codebook may move before its backward
+    pass, where the compiler would work out the weight."""
     book._enter(rows, book.is_learning())
+    book._weight = book.rotation_weight() if weighs else None
     return book().clone()
 
 
 # PyTorch names the function at which it cannot compile the whole graph
 @outside_graphs
-def call_learn_after_to_stay_in_the_graph(book: Codebook, rows: Rows) -> Tensor:
-    return codes_of_its_own(book, rows)
+def call_learn_after_to_stay_in_the_graph(
+    book: Codebook, rows: Rows, weighs: bool
+) -> Tensor:
+    return codes_of_its_own(book, rows, weighs)
 
 
 @outside_graphs
-def call_kmeans_init_or_learn_after_to_stay(book: Codebook, rows: Rows) -> Tensor:
-    return codes_of_its_own(book, rows)
+def call_kmeans_init_or_learn_after_to_stay(
+    book: Codebook, rows: Rows, weighs: bool
+) -> Tensor:
+    return codes_of_its_own(book, rows, weighs)
 
 # %% ../nbs/07_learning.ipynb #4cb98c6f
 def learn_after(

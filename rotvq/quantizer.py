@@ -298,7 +298,7 @@ class VectorQuantizer(nn.Module):
         `TypeError` or `ValueError` where `z` does not fit."""
         rows, book = self._rows(z, mask), self.book
         vectors, learning = rows.with_vectors(rows.vectors.detach()), book.is_learning()
-        codes = book.enter(vectors, learning)
+        codes = book.enter(vectors, learning, takes_weight(self.estimator))
         indices = nearest_code(rows.vectors, codes, distance=book.distance)
         q = rows.fill(codes.index_select(0, indices), 0)
         indices = rows.fill(indices, -1)

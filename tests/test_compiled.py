@@ -143,10 +143,11 @@ def test_an_automatic_layer_leaves_the_graph_and_names_the_line_that_keeps_it_th
     assert torch.compile(Model().eval(), fullgraph=True)(pictures(0))[0].isfinite()
 
 
-def test_codes_may_be_read_before_backward_in_an_automatic_layer():
-    "What is pending is learned then; the compiled graph has codes of its own."
+@pytest.mark.parametrize("options", [{}, {"estimator": "rotation-until-used"}, {"estimator": "rotation-until-used", "revive_after": 1}], ids=str)
+def test_codes_may_be_read_before_backward_in_an_automatic_layer(options):
+    "What is pending is learned then; the compiled graph has codes, and a weight, of its own."
     torch._dynamo.reset()
-    model, grads = Model(), []
+    model, grads = Model(**options), []
     for net in (model, copy.deepcopy(model)):
         call = net if net is model else torch.compile(net)
         x = pictures(0).requires_grad_()
