@@ -33,6 +33,8 @@ JOBS |= {f"mirror and γ, d = {d}, float16": ("pullback", d, torch.float16, True
 JOBS |= {f"weight for all, d = {d}": ("weighted", d, torch.float32, False) for d in (4, 32, 256)}
 JOBS |= {f"search, d = {d}": ("search", d, torch.float32, False) for d in (4, 16, 32)}
 JOBS |= {f"differences, d = {d}": ("differences", d, torch.float32, False) for d in (4, 32, 256)}
+JOBS |= {f"lookup, d = {d}": ("lookup", d, torch.float32, False) for d in (4, 16, 32, 64)}
+JOBS |= {f"{kind}, d = {d}": (kind, d, torch.float32, False) for kind in ("totals", "average", "sums") for d in (4, 32, 256)}
 
 
 def source(kind: str, d: int, dtype: torch.dtype, mirror: bool, warp: int) -> tuple[ASTSource, dict]:
@@ -46,13 +48,23 @@ def source(kind: str, d: int, dtype: torch.dtype, mirror: bool, warp: int) -> tu
     elif kind == "differences":
         kernel, const = kernels.differences_kernel, kernels.differences_options(d)
         types = {key: name for key in ("z", "codes", "origin")} | {"indices": "*i64", "out": "*i64", "n": number, "K": number, "d": number, "rough": "fp32"}
+    elif kind == "lookup":
+        kernel, const = kernels.lookup_kernel, kernels.lookup_options(d, warp)
+        types = {"z": name, "codes": name, "out": "*i64", "n": number, "K": number, "d": number, "rough": "fp32"}
+    elif kind in ("totals", "average"):
+        kernel, const = getattr(kernels, f"{kind}_kernel"), kernels.average_options(d) | ({"PARTS": kernels.PARTS} if kind == "average" else {})
+        types = {key: name for key in ("codes", "counts", "sums", "batch", "totals")} | {key: "*i64" for key in ("idle", "waited", "batches")}
+        types |= {"learned": "*i1", "K": number, "d": number, "P": number, "new": "fp32"}
+    elif kind == "sums":
+        kernel, const = kernels.sums_kernel, kernels.sums_options(d)
+        types = {"z": name, "indices": "*i64", "sums": "*fp64", "n": number, "d": number}
     else:
         kernel, const = kernels.search_kernel, kernels.search_options(d, warp)
         types = {"z": name, "codes": name, "offset": name, "out": "*i64", "n": number, "K": number, "d": number}
     options = {key: const.pop(key) for key in ("num_warps", "num_stages", "enable_fp_fusion") if key in const}
     names = kernel.arg_names
     signature = {k: "constexpr" if k in const else types[k] for k in names}
-    whole = lambda k: k not in ("n", "rough") and (k != "d" or d % 16 == 0)              # what a launch finds out; K is a multiple most of the time
+    whole = lambda k: k not in ("n", "rough", "P", "new") and (k != "d" or d % 16 == 0)              # what a launch finds out; K is a multiple most of the time
     aligned = {(i,): [["tt.divisibility", 16]] for i, k in enumerate(names) if k not in const and whole(k)}
     constexprs = {(names.index(k),): v for k, v in const.items()}
     return ASTSource(kernel, signature=signature, constexprs=constexprs, attrs=aligned), options
@@ -60,8 +72,11 @@ def source(kind: str, d: int, dtype: torch.dtype, mirror: bool, warp: int) -> tu
 
 def stamp() -> str:
     "Of the kernels' source and of how they are compiled: another one than in the file means that the file is old."
-    kinds = kernels.power_of_two, kernels.exponent, kernels.pullback_kernel, kernels.search_kernel, kernels.differences_kernel
+    names = "pullback", "search", "differences", "lookup", "totals", "average", "sums"
+    kinds = kernels.power_of_two, kernels.exponent, *(getattr(kernels, f"{name}_kernel") for name in names)
     of = {"pullback": kernels.pullback_options, "weighted": kernels.pullback_options, "search": lambda d, _: kernels.search_options(d), "differences": lambda d, _: kernels.differences_options(d)}
+    of |= {"lookup": lambda d, _: kernels.lookup_options(d), "sums": lambda d, _: kernels.sums_options(d)}
+    of |= dict.fromkeys(("totals", "average"), lambda d, _: kernels.average_options(d))
     options = [of[kind](d, dtype) for kind, d, dtype, _ in JOBS.values()]
     said = [inspect.getsource(kernel.fn) for kernel in kinds] + [f"{name}: {value}" for held in options for name, value in held.items()]
     return hashlib.sha256("\n".join(said).encode()).hexdigest()[:12]

@@ -3,10 +3,12 @@ import numpy as np
 import torch
 
 from rotvq import kernels
-from rotvq.codebook import best_code, best_code_definition, by_differences
+from rotvq.codebook import best_code, best_code_definition, by_differences, code_sums_definition, lookup, lookup_definition, sum_by_code
+from rotvq.learning import average, average_definition
 from rotvq.rotation import pullback
 
-used = {"pullback": 0, "search": 0, "differences": 0}
+DEFINITIONS_ONLY = False                                                  # for a comparison
+used = {"pullback": 0, "search": 0, "differences": 0, "average": 0, "lookup": 0, "sums": 0}
 
 
 def fma(builder, x, y, z):
@@ -36,3 +38,24 @@ def kernels_on_the_cpu() -> None:
     def _(z, codes, origin, indices, tile):
         used["differences"] += 1
         return kernels.launch_differences(z, codes, origin, indices)
+
+    @lookup.register_kernel("cpu")
+    def _(z, codes, distance, tile):
+        fits = z.dtype == torch.float32 and z.shape[1] <= kernels.LONGEST_LOOKUP and distance == "euclidean"
+        # every other time in parts, which have kernels of their own
+        used["lookup"] += fits
+        if DEFINITIONS_ONLY or not fits or used["lookup"] % 2 == 0: return lookup_definition(z, codes, distance, tile)
+        return kernels.launch_lookup(z, codes)
+
+    @sum_by_code.register_kernel("cpu")
+    def _(*args):
+        if DEFINITIONS_ONLY: return code_sums_definition(*args)
+        used["sums"] += 1
+        return kernels.launch_sums(*args)
+
+    @average.register_kernel("cpu")
+    def _(*args):
+        *state, decay, distance = args
+        if DEFINITIONS_ONLY or distance != "euclidean" or any(t.is_floating_point() and t.dtype != torch.float32 for t in state): return average_definition(*args)
+        used["average"] += 1
+        return kernels.launch_average(*state, decay)

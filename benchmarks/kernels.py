@@ -19,7 +19,7 @@ from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to
 from measure import machine, on_device, on_host, save
 from quantizer import Plain
 from rotvq import VectorQuantizer, kernels, rotation_trick
-from rotvq.codebook import best_code_definition, nearest_code
+from rotvq.codebook import best_code_definition, lookup_definition, nearest_code
 from rotvq.householder import householder_matrix
 from rotvq.rotation import pullback, rotation_matrix
 from rotvq.surroundings import exact_products
@@ -57,7 +57,10 @@ def trust(device: str) -> dict:
     verdicts = {f"pullback, d = {d}, {str(dtype).removeprefix('torch.')}": kernels.pullback_agrees(d, dtype, device)
                 for d in sorted({3, 8, 12, *(d for _, d in GRADIENTS)}) for dtype in (torch.float32, torch.bfloat16)}
     verdicts |= {f"differences, d = {d}": kernels.differences_agree(d, torch.float32, device) for d in (4, 32, 256)}
-    return verdicts | {f"search, d = {d}": kernels.search_agrees(d, device) for d in (4, 16, 32)}
+    verdicts |= {f"search, d = {d}": kernels.search_agrees(d, device) for d in (4, 16, 32)}
+    verdicts |= {f"lookup, d = {d}": kernels.lookup_agrees(d, device) for d in (4, 16, 32, 64)}
+    verdicts |= {f"sums, d = {d}": kernels.sums_agree(d, torch.float32, device) for d in (4, 32, 256)}
+    return verdicts | {f"average, d = {d}": kernels.averages_agree(d, device) for d in (4, 32, 256)}
 
 
 def copy_rate(device: str, n: int) -> float:
@@ -87,7 +90,9 @@ def search(n: int, d: int, K: int, device: str) -> dict:
         with exact_products(device): return best_code_definition(z, codes, offset, 2**24)
 
     calls = {"addmm and argmax": products, "nearest_code": lambda: nearest_code(z, codes), "cdist": lambda: torch.cdist(z, codes).argmin(1)}
+    calls["in parts"] = lambda: lookup_definition(z, codes, "euclidean", 2**24)
     found = {"shape": [n, d, K]}
+    if d <= kernels.LONGEST_LOOKUP: calls["one kernel"] = lambda: kernels.launch_lookup(z, codes)
     if d <= LONGEST:
         calls["kernel"] = lambda: kernels.launch_search(z, codes, offset)
         found["same"] = (calls["kernel"]() == products()).float().mean().item()   # near ties may differ

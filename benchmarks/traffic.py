@@ -19,7 +19,8 @@ from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to
 
 from measure import ROOT, page
 from rotvq import VectorQuantizer, codebook, cpu, kernels, rotation_trick, rotation_until_used
-from rotvq.codebook import best_code_definition, by_differences_definition, code_sums
+from rotvq.codebook import best_code_definition, by_differences_definition, code_sums, code_sums_definition, lookup_definition
+from rotvq.learning import average_definition
 from rotvq.quantizer import quantization_loss
 from rotvq.rotation import pullback_definition, pullback_formula, rounding
 
@@ -61,7 +62,8 @@ def held(t: torch.Tensor) -> int:
     return math.prod(size for size, step in zip(t.shape, t.stride()) if step)
 
 
-PULLBACK, BEST_CODE, BY_DIFFERENCES = (getattr(torch.ops.rotvq, name).default for name in ("pullback", "best_code", "by_differences"))
+NAMES = "pullback", "lookup", "best_code", "by_differences", "sum_by_code", "average"
+PULLBACK, LOOKUP, BEST_CODE, BY_DIFFERENCES, SUMS, AVERAGE = (getattr(torch.ops.rotvq, name).default for name in NAMES)
 PROCESSORS = 132                                                          # of an H100 or H200
 
 
@@ -89,18 +91,21 @@ def in_no_doubt(z, codes, origin, indices, tile):
 def on_gpu(n: int, d: int) -> dict:
     "What a GPU with Triton runs for n vectors of d numbers, by the code that launches it."
     forms = {PULLBACK: kernels.launch_pullback if d <= kernels.LONGEST else pullback_definition}
+    forms |= {LOOKUP: (lambda z, codes, *_: kernels.launch_lookup(z, codes)) if d <= kernels.LONGEST_LOOKUP else lookup_definition}
+    forms |= {SUMS: kernels.launch_sums, AVERAGE: lambda *args: kernels.launch_average(*args[:-1])}
     forms |= {BY_DIFFERENCES: lambda z, codes, origin, indices, tile: kernels.launch_differences(z, codes, origin, indices)}
     return forms | {BEST_CODE: (lambda z, codes, offset, tile: kernels.launch_search(z, codes, offset)) if kernels.prefers_kernel(n, d, PROCESSORS) else in_tiles}
 
 
-WITHOUT_TRITON = {PULLBACK: pullback_definition, BEST_CODE: in_tiles, BY_DIFFERENCES: in_no_doubt}
+DEFINITIONS = {LOOKUP: lookup_definition, SUMS: code_sums_definition, AVERAGE: average_definition}
+WITHOUT_TRITON = DEFINITIONS | {PULLBACK: pullback_definition, BEST_CODE: in_tiles, BY_DIFFERENCES: in_no_doubt}
 APPLE = WITHOUT_TRITON | {PULLBACK: in_float32}
-CPU = {PULLBACK: cpu.pullback_in_blocks, BEST_CODE: cpu.best_code_by_groups, BY_DIFFERENCES: in_no_doubt}
+CPU = DEFINITIONS | {PULLBACK: cpu.pullback_in_blocks, BEST_CODE: cpu.best_code_by_groups, BY_DIFFERENCES: in_no_doubt}
 
 
 def counted(call, forms: dict, unit: int) -> dict:
     "Kernels, and bytes in multiples of `unit`."
-    names = "pullback_kernel", "search_kernel", "differences_kernel"
+    names = [f"{name}_kernel" for name in ("pullback", "lookup", "search", "differences", "sums", "totals", "average")]
     real = [getattr(kernels, name) for name in names]
     with Traffic(forms) as seen:
         for name in names: setattr(kernels, name, Kernel(seen))
@@ -160,7 +165,7 @@ def layers(n: int, d: int, K: int) -> dict:
     rows = {"rotvq, a GPU with Triton": counted(step(ours), on_gpu(n, d), unit),
             "rotvq, a GPU without Triton": counted(step(ours), WITHOUT_TRITON, unit),
             "vector_quantize_pytorch": counted(step(theirs), {}, unit),
-            "rotvq, the sums alone": counted(lambda: code_sums(z, indices, K), {}, unit),
+            "rotvq, the sums alone": counted(lambda: code_sums(z, indices, K), on_gpu(n, d), unit),
             "rotvq, the losses alone": counted(loss_of(ours, z, indices), {}, unit)}
     return {"shape": [n, d, K], "results": rows}
 

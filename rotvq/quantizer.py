@@ -305,10 +305,10 @@ class VectorQuantizer(nn.Module):
         trained = book.learnable and not book.frozen
         weights = self.commitment, trained, self.codebook_weight
         loss = quantization_loss(rows, q, *weights, self.reduction)
-        pair = rows.vectors, q.detach()
-        out = with_gradient(self.estimator, *pair, book.rotation_weight)
+        q = q.detach()
+        out = with_gradient(self.estimator, rows.vectors, q, book.rotation_weight)
         if self.training:
-            self._watch_lambda(vectors.vectors, q.detach())
+            self._watch_lambda(vectors.vectors, q)
             out = self._skip(rows, out) if book.skips else out
         if learning:
             book.collect(vectors, indices)

@@ -81,6 +81,24 @@ def test_the_search_kernel_finds_the_lowest_of_equals(d, K):
 
 
 @needs_triton
+@pytest.mark.parametrize("n, d, K", [(1, 1, 1), (5000, 4, 300), (3000, 16, 64), (4000, 33, 1000), (2000, 64, 257)])
+def test_the_kernel_of_the_whole_lookup_finds_the_nearest(n, d, K):
+    assert kernels.lookup_agrees(d, GPU)
+    for far in (0.0, 100.0):
+        z, codes = (torch.randn(m, d, generator=torch.Generator().manual_seed(m)) + far for m in (n, K))
+        exact = torch.cdist(z.double(), codes.double(), compute_mode="donot_use_mm_for_euclid_dist")
+        found = exact.gather(1, kernels.launch_lookup(z.to("cuda"), codes.to("cuda")).cpu()[:, None])[:, 0]
+        assert (found <= exact.amin(1) * (1 + 1e-5) + 1e-6).all()
+
+
+@needs_triton
+@pytest.mark.parametrize("d", [1, 4, 33, 256])
+def test_the_kernels_of_sums_and_averages_pass_their_checks(d):
+    for dtype in (torch.float32, torch.float64, torch.bfloat16): assert kernels.sums_agree(d, dtype, GPU)
+    assert kernels.averages_agree(d, GPU)
+
+
+@needs_triton
 @pytest.mark.parametrize("d", [1, 4, 33, 256])
 def test_groups_far_apart_are_told_apart_by_the_kernel_of_differences(d):
     for dtype in (torch.float32, torch.float64): assert kernels.differences_agree(d, dtype, GPU)

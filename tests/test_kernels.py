@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from rotvq import kernels
-from rotvq.codebook import best_code_definition
+from rotvq.codebook import best_code_definition, code_sums_definition, lookup_definition
 from rotvq.rotation import pullback_definition
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -148,6 +149,96 @@ def test_nothing_is_checked_while_a_graph_is_captured(monkeypatch, forget):
 
 def test_which_search_is_taken():
     assert kernels.prefers_kernel(64 * 108, 16, 108) and not kernels.prefers_kernel(64 * 108, 17, 108) and not kernels.prefers_kernel(4096, 16, 108)
+
+
+@pytest.fixture
+def unknown(monkeypatch, tmp_path):
+    "No form has been timed yet."
+    monkeypatch.setenv("ROTVQ_CACHE", str(tmp_path))
+    kernels.choices.clear()
+    yield tmp_path / "gpu.json"
+    kernels.choices.clear()
+
+
+def forms(calls): return {"slow": lambda: calls.append("slow") or time.sleep(0.002), "fast": lambda: calls.append("fast")}
+
+
+CPU = torch.device("cpu")
+
+
+def test_the_faster_form_is_found_once_and_kept_on_disk(unknown):
+    calls = []
+    assert kernels.faster("x", forms(calls), CPU) == "fast" and set(calls) == {"slow", "fast"}
+    assert json.loads(unknown.read_text()) == {"x": "fast"} and len(list(unknown.parent.iterdir())) == 1
+    calls.clear()
+    assert kernels.faster("x", forms(calls), CPU) == "fast" and not calls
+    kernels.choices.clear()                                               # another process reads it
+    assert kernels.faster("x", forms(calls), CPU) == "fast" and not calls
+    assert kernels.faster("y", forms(calls), CPU) == "fast" and calls
+    assert json.loads(unknown.read_text()) == {"x": "fast", "y": "fast"}
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{", '{"x": "a form that was"}', '{"x": 3}'])
+def test_a_damaged_file_of_choices_is_measured_again(unknown, content):
+    unknown.write_text(content)
+    assert kernels.faster("x", forms([]), CPU) == "fast" and json.loads(unknown.read_text())["x"] == "fast"
+
+
+def test_choices_that_cannot_be_written_hold_for_the_process(unknown, monkeypatch):
+    (unknown.parent / "a file").write_text("")
+    monkeypatch.setenv("ROTVQ_CACHE", str(unknown.parent / "a file"))
+    calls = []
+    for _ in range(2): assert kernels.faster("x", forms(calls), CPU) == "fast"
+    assert calls.count("fast") == 9
+
+
+def test_nothing_is_timed_where_that_was_turned_off(unknown, monkeypatch):
+    calls = []
+    monkeypatch.setenv("ROTVQ_MEASURE", "0")
+    assert kernels.faster("x", forms(calls), CPU) == "slow" and not calls  # the first named
+    monkeypatch.delenv("ROTVQ_MEASURE")
+    torch.use_deterministic_algorithms(True)
+    try: assert kernels.faster("x", forms(calls), CPU) == "slow" and not calls
+    finally: torch.use_deterministic_algorithms(False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert kernels.faster("x", forms(calls), torch.device("cuda")) == "slow" and not calls and not unknown.exists()
+
+
+@pytest.mark.parametrize("choice", ["in parts", "one kernel"])
+def test_the_lookup_takes_the_form_that_was_faster(unknown, monkeypatch, forget, choice):
+    "Long vectors, a cosine and float64 go in parts and ask nothing."
+    launched = []
+    monkeypatch.setattr(kernels, "trusted", lambda *args: True)
+    monkeypatch.setattr(kernels, "launch_lookup", lambda z, codes: launched.append(1) or lookup_definition(z, codes, "euclidean", 2**20))
+    monkeypatch.setattr(kernels, "faster", lambda question, forms, device: asked.append(question) or choice)
+    asked, z, codes = [], torch.randn(70, 8), torch.randn(9, 8)
+    exact = torch.cdist(z, codes).argmin(1)
+    assert torch.equal(kernels.lookup_on_gpu(z, codes, "euclidean", 2**20), exact)
+    assert asked == ["lookup of 128, 8, 16 on a CPU"] and len(launched) == (choice == "one kernel")
+    kernels.lookup_on_gpu(z, codes, "cosine", 2**20)
+    kernels.lookup_on_gpu(z.double(), codes.double(), "euclidean", 2**20)
+    kernels.lookup_on_gpu(z[:0], codes, "euclidean", 2**20)
+    kernels.lookup_on_gpu(torch.randn(5, 65), torch.randn(4, 65), "euclidean", 2**20)
+    assert len(asked) == 1
+
+
+def test_sums_and_averages_that_do_not_fit_are_left_to_the_definition(monkeypatch, forget):
+    "An order that is asked for; codes in half precision or float64, a cosine, and what does not lie in one piece."
+    monkeypatch.setattr(kernels, "launch_sums", lambda *args: 1 / 0)
+    monkeypatch.setattr(kernels, "launch_average", lambda *args: 1 / 0)
+    monkeypatch.setattr(kernels, "trusted", lambda *args: True)
+    z, indices = torch.randn(20, 3), torch.randint(-1, 5, (20,))
+    torch.use_deterministic_algorithms(True)
+    try: batch = kernels.sums_on_gpu(z, indices, 5)
+    finally: torch.use_deterministic_algorithms(False)
+    assert torch.equal(batch, code_sums_definition(z, indices, 5))
+    counts, idle = torch.ones(5), torch.zeros(5).long()
+
+    def step(codes, distance="euclidean"): return kernels.average_on_gpu(codes, counts, torch.randn(5, 3), idle, idle.clone(), torch.tensor(0), batch, 0.8, distance)
+
+    for codes in (torch.randn(5, 3).half(), torch.randn(5, 3).double(), torch.randn(3, 5).T): assert step(codes)
+    assert step(torch.randn(5, 3), "cosine")
+    with pytest.raises(ZeroDivisionError): step(torch.randn(5, 3))
 
 
 def test_kernels_can_be_turned_off(monkeypatch, forget):

@@ -42,7 +42,7 @@ MUTATIONS = {
     "V7: counts not smoothed": ("check-v7", "(N + eps) / (N.sum() + len(N) * eps) * N.sum()", "N + 0 * eps"),
     "V7: sums that do not follow": ("check-v7-fixed-point", *DECAY[:1], "running), 0.0)"),
     "V8: another code is decoded": ("check-v8", "self.book()[indices.clamp_min(0)]", "self.book().roll(1, 0)[indices.clamp_min(0)]"),
-    "S1: a lookup that depends on every digit": ("check-s1", "rows, directions = flat - origin", "rows, directions = 3 * (1e7 * flat).sin()"),
+    "S1: a lookup that depends on every digit": ("check-s1", "rows, directions = z - origin", "rows, directions = 3 * (1e7 * z).sin()"),
     "S2: gradient doubled": ("check-s2", *STE),
     "S2: value z": ("check-s2", "return q.clone()", "return z.clone()"),
     "S3: a gradient of its own for each z": ("check-s3", "return g, None", "return g * torch.rand_like(g), None"),

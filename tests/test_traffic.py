@@ -36,6 +36,36 @@ def test_the_layer_moves_less_than_a_third_of_the_peer():
         assert rows["rotvq, a GPU with Triton"]["bytes"] < rows["vector_quantize_pytorch"]["bytes"] / 3
 
 
+def test_a_layer_step_is_few_launches_and_few_calls_of_the_host():
+    "Default estimator, no mask, no revival; forward, backward and learning. Every operation that is no view counts as a launch."
+    import torch
+
+    from rotvq import VectorQuantizer
+    vq = VectorQuantizer(16, 64, channel_first=False)
+    vq.learn()                                                            # from now on by hand
+    z, g = torch.randn(2, 500, 16)
+    z.requires_grad_()
+
+    def step():
+        q, _, loss = vq(z)
+        torch.autograd.grad((q, loss), z, (g, torch.ones_like(loss)))
+        vq.learn()
+
+    for _ in range(11): step()                                            # beyond the one look at λ
+    assert counted(step, on_gpu(500, 16), z.nbytes)["kernels"] <= 20
+
+    class Calls(torch.utils._python_dispatch.TorchDispatchMode):
+        "Views, too."
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += 1
+            return func(*args, **(kwargs or {}))
+
+    with Calls() as calls: step()
+    assert calls.count <= 34
+
+
 def test_the_page_is_up_to_date():
     "The counts do not depend on the machine; compiled graphs may change with PyTorch and are left out."
     held = json.loads((ROOT / "nbs" / "results" / "traffic.json").read_text(encoding="utf-8"))

@@ -41,15 +41,15 @@ TRAFFIC = """
 `python benchmarks/traffic.py` counts, with PyTorch {torch} and without a GPU: every operation that is no view is one kernel, which reads
 its arguments and writes its results; an operator of `rotvq` counts as what a GPU runs for it. Bytes are multiples of those of `z` in float32. Operations
 like these are limited by memory on a GPU, and by the launches where tensors are small. Of the kernels of [the GPU room](85_gpu.ipynb)
-the memory that they are given is counted, each tensor once (the search reads the codes again for every 64 vectors, from the
+the memory that they are given is counted, each tensor once (the lookup reads the codes again for every 64 vectors, from the
 second-level cache where they fit into it).
 
 The rotation trick, forward and backward. The least that can be done is 4: read g, z and q, write the gradient.
 """
 TRAFFIC_LAYER = """
-A training step of the layer, with the same settings as above. For vectors of more than 16 numbers, or few of them, the search of
-`rotvq` writes scores too, a tile at a time, because there the library's product is faster than a kernel that keeps them ([on an
-H200](85_gpu.ipynb#on-a-gpu); counted for its 132 processors); `vector_quantize_pytorch` makes a one-hot matrix.
+A training step of the layer, with the same settings as above. For vectors of up to 64 numbers the lookup of `rotvq` is counted as the one
+kernel that it may be ([taken where it is the faster form](85_gpu.ipynb#which-form-by-measuring); no GPU has run it yet). For longer ones the search
+writes scores, a tile at a time. `vector_quantize_pytorch` makes a one-hot matrix.
 """
 STEP = """
 ## Share of a training step {{#step-cpu}}

@@ -4,10 +4,12 @@ import math
 import pytest
 import torch
 
+import interpreter
 import test_codebook
 import test_estimators
 from rotvq import kernels
-from rotvq.codebook import nearest_code
+from rotvq.codebook import code_sums_definition, nearest_code
+from rotvq.learning import average_definition
 from rotvq.rotation import pullback
 from test_estimators import at_angle, draw, explicit, relative_error
 
@@ -93,6 +95,65 @@ def test_the_checks_at_first_use_pass(d):
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16): assert kernels.pullback_agrees(d, dtype, "cpu")
     for dtype in (torch.float32, torch.float64): assert kernels.differences_agree(d, dtype, "cpu")
     if d <= kernels.LONGEST_SEARCH: assert kernels.search_agrees(d, "cpu")
+    if d <= kernels.LONGEST_LOOKUP: assert kernels.lookup_agrees(d, "cpu")
+    for dtype in (torch.float32, torch.float64, torch.bfloat16): assert kernels.sums_agree(d, dtype, "cpu")
+    assert kernels.averages_agree(d, "cpu")
+
+
+@pytest.mark.parametrize("n, d, K", [(1, 1, 1), (1, 5, 300), (130, 64, 1), (64, 16, 64), (65, 17, 65), (200, 33, 257), (0, 4, 5)])
+def test_the_whole_lookup_in_one_kernel(n, d, K):
+    gen = torch.Generator().manual_seed(n)
+    for far in (0.0, 30.0, 1e5):
+        z, codes = (torch.randn(m, d, generator=gen) + far for m in (n, K))
+        exact = (z[:, None].double() - codes.double()).square().sum(2)
+        found = exact.gather(1, kernels.launch_lookup(z, codes)[:, None])[:, 0]
+        assert (found.sqrt() <= exact.amin(1).sqrt() * (1 + 1e-5) + 1e-6).all()
+        if n == 0: continue
+        z[0], twice = codes[-1], torch.cat([codes, codes])                # equal codes: the first
+        assert kernels.launch_lookup(z, twice)[0] < K
+    if n > 60:
+        codes[0], z[3] = torch.nan, torch.nan
+        z[5, 0], z[7] = torch.inf, 3e38
+        found = kernels.launch_lookup(z, codes)
+        assert ((found >= 0) & (found < K)).all() and (K == 1 or (found[8:] > 0).all())
+
+
+@pytest.mark.parametrize("decay, K, d", [(0.8, 64, 8), (0.0, 7, 3), (0.99, 300, 33), (0.5, 1, 1)])
+def test_a_codebook_learns_the_same_by_kernels(decay, K, d):
+    "Ten batches, one of nothing and one with a NaN, beside the definition."
+    gen = torch.Generator().manual_seed(K)
+    states = [[t.clone() for t in (torch.randn(K, d, generator=gen), torch.ones(K), torch.randn(K, d, generator=gen), torch.zeros(K).long(),
+                                   torch.full((K,), 2**40), torch.tensor(0))]]
+    states.append([t.clone() for t in states[0]])
+    for step in range(10):
+        z = torch.randn(50, d, generator=gen)
+        indices = torch.randint(-1, K, (50,), generator=gen) if step != 6 else torch.full((50,), -1)
+        if step == 4: z[3, 0], indices[3] = torch.nan, 0
+        good = average_definition(*states[0], code_sums_definition(z, indices, K), decay, "euclidean")
+        versions = [t._version for t in states[1]]
+        assert kernels.launch_average(*states[1], kernels.launch_sums(z, indices, K), decay) == good == (step not in (4, 6))
+        assert all(t._version > before for t, before in zip(states[1], versions))
+    for a, b in zip(*states): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    for k in (3, 4, 5): assert torch.equal(states[0][k], states[1][k])
+
+
+def test_a_layer_learns_the_same_by_kernels():
+    "The operators are kernels here; the definitions are put in their place once."
+    from rotvq import VectorQuantizer
+    used = dict(interpreter.used)
+    ends = []
+    for turn in range(2):
+        torch.manual_seed(0)
+        vq = VectorQuantizer(8, 32, estimator="rotation-until-used", channel_first=False)
+        for _ in range(6): vq(torch.randn(40, 8))
+        vq.learn()
+        ends.append([t.clone() for t in (vq.codebook, vq.counts, vq.sums, vq.idle, vq.batches)])
+        if turn == 0:
+            for name in ("lookup", "sums", "average"): assert interpreter.used[name] > used[name]
+            with_kernels = interpreter.DEFINITIONS_ONLY
+            interpreter.DEFINITIONS_ONLY = True
+    interpreter.DEFINITIONS_ONLY = with_kernels
+    for a, b in zip(*ends): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("d", [3, 8, 70])
