@@ -25,10 +25,8 @@ from .quantizer import quantization_loss, with_gradient
 def learnable(model: VQVAE) -> None:
     "The change that makes the codebook a parameter, moved by the optimizer."
     old = model.quantizer
-    same = "estimator", "distance", "commitment", "init", "revive_after"
-    same = {name: getattr(old, name) for name in (*same, "channel_first")}
-    size = old.dim, old.codebook_size
-    model.quantizer = VectorQuantizer(*size, learnable=True, **same)
+    options = old.options() | {"estimator": old.estimator, "learnable": True}
+    model.quantizer = VectorQuantizer(old.dim, old.codebook_size, **options)
 
 # %% ../nbs/15_when.ipynb #cc44c910
 class SimVQ(nn.Module):

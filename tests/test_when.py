@@ -1,6 +1,8 @@
 """Codebooks without running averages: a learnable one, SimVQ and FSQ."""
 import dataclasses
 import itertools
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +13,12 @@ from torch.testing import assert_close
 from rotvq.bench import TOY, crops, trial
 from rotvq.codebook import nearest_code
 from rotvq.model import VQVAE
+from rotvq.ste import straight_through
 from rotvq.training import Learner, to_float
 from rotvq.when import FSQ, SimVQ, learnable, normalized, quantized_by
 from rotvq.why import cloud_of, half_placed
 
+ROOT = Path(__file__).resolve().parent.parent
 levels = st.lists(st.integers(2, 9), min_size=1, max_size=4)
 
 
@@ -67,14 +71,19 @@ def test_simvq_moves_its_map_and_no_code(autocast):
 
 
 def test_learnable_keeps_the_other_options():
-    model = VQVAE(8, 4, 16, 2, 1, distance="cosine", commitment=0.5, revive_after=7, estimator="reflection", init="normal")
+    "All of them: a run with skip was one without, once."
+    options = dict(distance="cosine", commitment=0.5, revive_after=7, estimator="reflection", init="normal", skip=0.2, decay=0.9, codebook_weight=2.0, initial_count=0)
+    model = VQVAE(8, 4, 16, 2, 1, **options)
+    before = model.quantizer.options(every=True)
     learnable(model)
     vq = model.quantizer
-    assert vq.learnable and isinstance(vq.codebook, torch.nn.Parameter)
-    assert (vq.distance, vq.commitment, vq.revive_after, vq.estimator, vq.init) == ("cosine", 0.5, 7, "reflection", "normal")
+    assert vq.options(every=True) == before | {"learnable": True} and isinstance(vq.codebook, torch.nn.Parameter)
     out = model(torch.rand(2, 3, 16, 16))
     (out.x_hat.square().mean() + out.loss).backward()
     assert vq.codebook.grad.abs().sum() > 0
+    plain = VQVAE(8, 4, 16, 2, 1, estimator=straight_through)
+    learnable(plain)
+    assert plain.quantizer.estimator is straight_through
 
 
 @pytest.mark.parametrize("change", [learnable, quantized_by(lambda vq: FSQ(vq.dim, (4, 4, 4))),
@@ -149,3 +158,11 @@ def test_a_cloud_is_measured_as_it_is():
     assert cloud.decoded == 0 and abs(cloud.dimensions - 2) < 0.1
     assert_close(torch.tensor(cloud.error), torch.tensor(cloud.mse) / rows.var(0, unbiased=False).mean())
     assert abs(cloud.error / cloud.floor - 1) < 0.1
+
+
+def test_no_recorded_run_is_another_one_under_a_false_name():
+    "A setting that was lost on the way gives the curves of the run without it, to the last digit."
+    rows = [json.loads(line) for line in (ROOT / "nbs" / "results" / "when.jsonl").read_text(encoding="utf-8").splitlines()]
+    curves: dict = {}
+    for row in rows: curves.setdefault(tuple(row["mse"]), []).append((row["setup"], row["estimator"], row["lr"], row["seed"]))
+    assert not [runs for runs in curves.values() if len(runs) > 1]
