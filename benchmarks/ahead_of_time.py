@@ -57,7 +57,7 @@ def source(kind: str, d: int, dtype: torch.dtype, mirror: bool, warp: int) -> tu
         types |= {"learned": "*i1", "K": number, "d": number, "P": number, "new": "fp32"}
     elif kind == "sums":
         kernel, const = kernels.sums_kernel, kernels.sums_options(d)
-        types = {"z": name, "indices": "*i64", "sums": "*fp64", "n": number, "d": number}
+        types = {"z": name, "indices": "*i64", "sums": "*fp64", "n": number, "K": number, "d": number}
     else:
         kernel, const = kernels.search_kernel, kernels.search_options(d, warp)
         types = {"z": name, "codes": name, "offset": name, "out": "*i64", "n": number, "K": number, "d": number}
