@@ -137,22 +137,18 @@ def test_a_codebook_learns_the_same_by_kernels(decay, K, d):
     for k in (3, 4, 5): assert torch.equal(states[0][k], states[1][k])
 
 
-def test_a_layer_learns_the_same_by_kernels():
+def test_a_layer_learns_the_same_by_kernels(monkeypatch):
     "The operators are kernels here; the definitions are put in their place once."
     from rotvq import VectorQuantizer
-    used = dict(interpreter.used)
-    ends = []
-    for turn in range(2):
+    used, ends = dict(interpreter.used), []
+    for definitions in (False, True):
+        monkeypatch.setattr(interpreter, "DEFINITIONS_ONLY", definitions)
         torch.manual_seed(0)
         vq = VectorQuantizer(8, 32, estimator="rotation-until-used", channel_first=False)
         for _ in range(6): vq(torch.randn(40, 8))
         vq.learn()
         ends.append([t.clone() for t in (vq.codebook, vq.counts, vq.sums, vq.idle, vq.batches)])
-        if turn == 0:
-            for name in ("lookup", "sums", "average"): assert interpreter.used[name] > used[name]
-            with_kernels = interpreter.DEFINITIONS_ONLY
-            interpreter.DEFINITIONS_ONLY = True
-    interpreter.DEFINITIONS_ONLY = with_kernels
+        if not definitions: assert all(interpreter.used[name] > used[name] for name in ("lookup", "sums", "average"))
     for a, b in zip(*ends): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
