@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGETS = {f"sm_{cc}": GPUTarget("cuda", cc, 32) for cc in (75, 80, 86, 89, 90, 100, 120)}
 TARGETS |= {arch: GPUTarget("hip", arch, 64) for arch in ("gfx90a", "gfx942")}
+BACKWARD = "pullback", "weighted", "gradient", "straight gradient"        # forms of one kernel
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 # d up to 8, or no multiple of 16: a thread holds one column, so that nearly every addition of a sum is across lanes
 JOBS = {f"pullback, d = {d}": ("pullback", d, torch.float32, False) for d in (2, 3, 4, 8, 12, 32, 100, 256, 1024, 4096, 8192)}
@@ -33,27 +34,31 @@ JOBS |= {f"mirror and γ, d = {d}, float16": ("pullback", d, torch.float16, True
 JOBS |= {f"weight for all, d = {d}": ("weighted", d, torch.float32, False) for d in (4, 32, 256)}
 JOBS |= {f"search, d = {d}": ("search", d, torch.float32, False) for d in (4, 16, 32)}
 JOBS |= {f"differences, d = {d}": ("differences", d, torch.float32, False) for d in (4, 32, 256)}
-JOBS |= {f"lookup, d = {d}": ("lookup", d, torch.float32, False) for d in (4, 16, 32, 64)}
+JOBS |= {f"{kind}, d = {d}": (kind, d, torch.float32, False) for kind in ("lookup", "step") for d in (4, 16, 32, 64)}
+JOBS |= {f"{kind}, d = {d}": (kind, d, torch.float32, False) for kind in ("gradient", "straight gradient") for d in (4, 32, 256)}
 JOBS |= {f"{kind}, d = {d}": (kind, d, torch.float32, False) for kind in ("totals", "average", "sums") for d in (4, 32, 256)}
 
 
 def source(kind: str, d: int, dtype: torch.dtype, mirror: bool, warp: int) -> tuple[ASTSource, dict]:
     "What Triton compiles, with the options of a launch."
     name, number = "*" + NAMES[dtype], "i32"
-    if kind in ("pullback", "weighted"):
-        weighs = kind == "weighted"
+    if kind in BACKWARD:
+        weighs, pulls = kind == "weighted", "gradient" in kind
         kernel, const = kernels.pullback_kernel, kernels.pullback_options(d, dtype, warp) | {"mirror": mirror, "has_gamma": mirror, "has_weight": weighs, "next_weight": 0}
-        types = {"g": name, "z": name, "q": name, "out": name, "gamma": "*fp32", "weight": "*fp32", "n": number, "d": number}
-        const |= {key: None for key, there in (("gamma", mirror), ("weight", weighs)) if not there}
+        const |= {"turns": "straight" not in kind, "has_pull": pulls}
+        types = {"g": name, "z": name, "q": name, "out": name, "gamma": "*fp32", "weight": "*fp32", "pull": "*fp32", "n": number, "d": number, "share": "fp32"}
+        const |= {key: None for key, there in (("gamma", mirror), ("weight", weighs), ("pull", pulls)) if not there}
     elif kind == "differences":
         kernel, const = kernels.differences_kernel, kernels.differences_options(d)
         types = {key: name for key in ("z", "codes", "origin")} | {"indices": "*i64", "out": "*i64", "n": number, "K": number, "d": number, "rough": "fp32"}
-    elif kind == "lookup":
-        kernel, const = kernels.lookup_kernel, kernels.lookup_options(d, warp)
-        types = {"z": name, "codes": name, "out": "*i64", "n": number, "K": number, "d": number, "rough": "fp32"}
+    elif kind in ("lookup", "step"):
+        kernel, const = kernels.lookup_kernel, kernels.lookup_options(d, warp) | {"STEP": kind == "step", "LEARN": kind == "step"}
+        types = {"z": name, "codes": name, "out": "*i64", "n": number, "K": number, "d": number, "rough": "fp32", "share": "fp32"}
+        written = {"value": name, "q": name, "sums": "*fp64", "parts": name, "ticket": "*i32", "loss": name}
+        types, const = (types | written, const) if kind == "step" else (types, const | dict.fromkeys(written))
     elif kind in ("totals", "average"):
         kernel, const = getattr(kernels, f"{kind}_kernel"), kernels.average_options(d) | ({"PARTS": kernels.PARTS} if kind == "average" else {})
-        types = {key: name for key in ("codes", "counts", "sums", "batch", "totals")} | {key: "*i64" for key in ("idle", "waited", "batches")}
+        types = {key: name for key in ("codes", "counts", "sums", "totals")} | {key: "*i64" for key in ("idle", "waited", "batches")} | {"batch": "*fp64"}
         types |= {"learned": "*i1", "K": number, "d": number, "P": number, "new": "fp32"}
     elif kind == "sums":
         kernel, const = kernels.sums_kernel, kernels.sums_options(d)
@@ -64,7 +69,7 @@ def source(kind: str, d: int, dtype: torch.dtype, mirror: bool, warp: int) -> tu
     options = {key: const.pop(key) for key in ("num_warps", "num_stages", "enable_fp_fusion") if key in const}
     names = kernel.arg_names
     signature = {k: "constexpr" if k in const else types[k] for k in names}
-    whole = lambda k: k not in ("n", "rough", "P", "new") and (k != "d" or d % 16 == 0)              # what a launch finds out; K is a multiple most of the time
+    whole = lambda k: k not in ("n", "rough", "P", "new", "share") and (k != "d" or d % 16 == 0)              # what a launch finds out; K is a multiple most of the time
     aligned = {(i,): [["tt.divisibility", 16]] for i, k in enumerate(names) if k not in const and whole(k)}
     constexprs = {(names.index(k),): v for k, v in const.items()}
     return ASTSource(kernel, signature=signature, constexprs=constexprs, attrs=aligned), options
@@ -73,9 +78,9 @@ def source(kind: str, d: int, dtype: torch.dtype, mirror: bool, warp: int) -> tu
 def stamp() -> str:
     "Of the kernels' source and of how they are compiled: another one than in the file means that the file is old."
     names = "pullback", "search", "differences", "lookup", "totals", "average", "sums"
-    kinds = kernels.power_of_two, kernels.exponent, *(getattr(kernels, f"{name}_kernel") for name in names)
-    of = {"pullback": kernels.pullback_options, "weighted": kernels.pullback_options, "search": lambda d, _: kernels.search_options(d), "differences": lambda d, _: kernels.differences_options(d)}
-    of |= {"lookup": lambda d, _: kernels.lookup_options(d), "sums": lambda d, _: kernels.sums_options(d)}
+    kinds = kernels.power_of_two, kernels.exponent, kernels.nearest_by_differences, *(getattr(kernels, f"{name}_kernel") for name in names)
+    of = dict.fromkeys(BACKWARD, kernels.pullback_options) | {"search": lambda d, _: kernels.search_options(d), "differences": lambda d, _: kernels.differences_options(d)}
+    of |= {"lookup": lambda d, _: kernels.lookup_options(d), "step": lambda d, _: kernels.lookup_options(d), "sums": lambda d, _: kernels.sums_options(d)}
     of |= dict.fromkeys(("totals", "average"), lambda d, _: kernels.average_options(d))
     options = [of[kind](d, dtype) for kind, d, dtype, _ in JOBS.values()]
     said = [inspect.getsource(kernel.fn) for kernel in kinds] + [f"{name}: {value}" for held in options for name, value in held.items()]

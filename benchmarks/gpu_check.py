@@ -103,29 +103,30 @@ def commands(out: Path, device: str, rehearse: bool, args) -> dict[str, list]:
 
 
 def steps(device: str, preset: str, count: int, out: Path) -> None:
-    "Two hundred steps as they are and compiled: speed, memory against the plan, whether a step waits; and a profile."
+    "Two hundred steps one by one, as a replayed graph, and compiled: speed, memory against the plan, whether a step waits; and a profile."
     import torch
 
     from measure import machine
     from rotvq.training import PRESETS
     result = {"machine": machine(device), "preset": preset, "count": count}
 
-    def one(compiled: bool) -> dict:
-        config = dataclasses.replace(PRESETS[preset], compile=compiled)
+    def one(**changes) -> dict:
+        config = dataclasses.replace(PRESETS[preset], **changes)
         learner, step = begun(config, torch.device(device))
         found = counted(learner, step, config, device, count)
-        if not compiled: result["profile"] = profiled(step, device)
+        if changes == forms["eager"]: result["profile"] = profiled(step, device)
         return found
 
-    for name, compiled in (("eager", False), ("compiled", True)):
-        result[name] = one(compiled)
+    forms = {"eager": {"replay": False}, "replayed": {"replay": True}, "compiled": {"compile": True}}
+    for name, changes in forms.items():
+        result[name] = one(**changes)
         (out / "steps.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    failed = [name for name in ("eager", "compiled") if not result[name]["ok"]]
+    failed = [name for name in forms if not result[name]["ok"]]
     if failed: raise SystemExit(f"the loss did not fall: {failed}")
 
 
 def begun(config, device):
-    "A learner after twelve steps, of which the tenth looked at λ, and a call that takes one more."
+    "A learner after twelve steps (of which the tenth looked at λ, and the last was captured, if any is), and a call that takes one more."
     import torch
 
     from rotvq.data import SAMPLE, ImageNet10
@@ -155,7 +156,8 @@ def counted(learner, step, config, device: str, count: int) -> dict:
     if cuda: torch.cuda.synchronize()
     seconds, last = (time.perf_counter() - began) / count, loss.item()
     expected = plan(config, learner.pictures)
-    return {"ok": last < learner.first, "seconds a step": seconds, "pictures a second": config.batch / seconds, "least seconds": least_seconds(expected, torch.cuda.get_device_name() if cuda else ""),
+    captured = learner.replayed is not None and learner.replayed.replay is not None
+    return {"ok": last < learner.first and captured == (cuda and config.replay and not config.compile), "seconds a step": seconds, "pictures a second": config.batch / seconds, "least seconds": least_seconds(expected, torch.cuda.get_device_name() if cuda else ""),
             "planned bytes": expected.memory, "peak bytes": torch.cuda.max_memory_allocated() if cuda else 0, "loss": [learner.first, last]}
 
 

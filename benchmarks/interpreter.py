@@ -6,9 +6,10 @@ from rotvq import kernels
 from rotvq.codebook import best_code, best_code_definition, by_differences, code_sums_definition, lookup, lookup_definition, sum_by_code
 from rotvq.learning import average, average_definition
 from rotvq.rotation import pullback
+from rotvq.step import gradient, gradient_definition, quantize, quantize_definition
 
 DEFINITIONS_ONLY = False                                                  # for a comparison
-used = {"pullback": 0, "search": 0, "differences": 0, "average": 0, "lookup": 0, "sums": 0}
+used = {"pullback": 0, "search": 0, "differences": 0, "average": 0, "lookup": 0, "sums": 0, "quantize": 0, "gradient": 0}
 
 
 def fma(builder, x, y, z):
@@ -56,6 +57,19 @@ def kernels_on_the_cpu() -> None:
     @average.register_kernel("cpu")
     def _(*args):
         *state, decay, distance = args
-        if DEFINITIONS_ONLY or distance != "euclidean" or any(t.is_floating_point() and t.dtype != torch.float32 for t in state): return average_definition(*args)
+        if DEFINITIONS_ONLY or distance != "euclidean" or any(t.is_floating_point() and t.dtype != torch.float32 for t in state[:-1]): return average_definition(*args)
         used["average"] += 1
         return kernels.launch_average(*state, decay)
+
+    @quantize.register_kernel("cpu")
+    def _(z, codes, distance, tile, commitment, sums, ticket):
+        fits = len(z) and z.dtype == torch.float32 and z.shape[1] <= kernels.LONGEST_LOOKUP and distance == "euclidean"
+        if DEFINITIONS_ONLY or not fits: return quantize_definition(z, codes, distance, tile, commitment, sums, ticket)
+        used["quantize"] += 1
+        return kernels.launch_quantize(z, codes, commitment, sums, ticket)
+
+    @gradient.register_kernel("cpu")
+    def _(*args):
+        if DEFINITIONS_ONLY or args[0].dtype != torch.float32: return gradient_definition(*args)
+        used["gradient"] += 1
+        return kernels.launch_gradient(*args)

@@ -21,7 +21,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rotvq import learn_after
 from rotvq.data import SAMPLE, ImageNet10, imagenet10
@@ -36,7 +36,7 @@ class Job(Learner):
 
     def __init__(self, config: Config, estimator: str, seed: int, pictures: tuple[Tensor, Tensor], device: torch.device, about: dict | None = None):
         if config.micro_batch or config.init == "kmeans" or config.ema: raise ValueError("micro_batch, init=\"kmeans\" and ema are not for this script; use rotvq train.")
-        super().__init__(config, estimator, seed, device)
+        super().__init__(dataclasses.replace(config, replay=False), estimator, seed, device)
         self.images, self.val = pictures
         self.about = {"estimator": estimator, "seed": seed} | (about or {})
         self.steps, self.epoch, self.rows, self.began = steps_in_epoch(config, len(self.images)), 0, [], time.monotonic()
@@ -52,19 +52,13 @@ class Job(Learner):
         self.stream = torch.cuda.Stream() if device.type == "cuda" else None
         self.graph = self.captured = None                                 # and the estimator that it was captured with
 
-    def update(self, lr: float) -> Tensor:
-        "As ever, at the rate that lies on the device."
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
-        self.opt.step()
-        return norm
-
-    def take(self) -> None:
+    def one(self) -> None:
         "One step, the same as that of `rotvq train`."
         pick = lambda rows, k: rows.index_select(0, k.view(1))[0]
         x = to_float(self.images.index_select(0, pick(self.order, self.inside)))
         x = torch.where(pick(self.flips, self.inside)[:, None, None, None], x.flip(-1), x)
         self.rate.copy_(pick(self.rates, self.done))
-        self.step(x.contiguous(memory_format=torch.channels_last))
+        self.take(x.contiguous(memory_format=torch.channels_last))
         self.done += 1
         self.inside += 1
 
@@ -85,10 +79,10 @@ class Job(Learner):
         before = {p: {k: v.clone() for k, v in state.items()} for p, state in self.opt.state.items()}
         torch.cuda.synchronize()
         with torch.cuda.stream(self.stream):
-            for _ in range(11): self.done.zero_(), self.inside.zero_(), self.take()
+            for _ in range(11): self.done.zero_(), self.inside.zero_(), self.one()
             self.stream.synchronize()
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=self.stream): self.take()
+            with torch.cuda.graph(self.graph, stream=self.stream): self.one()
             with torch.no_grad():
                 for value, old in zip(changing, held): value.copy_(old)
                 for p, state in self.opt.state.items():
@@ -98,7 +92,7 @@ class Job(Learner):
 
     def replay(self, count: int) -> None:
         with torch.cuda.stream(self.stream) if self.stream else nullcontext():
-            for _ in range(count): self.graph.replay() if self.graph else self.take()
+            for _ in range(count): self.graph.replay() if self.graph else self.one()
 
     def end_epoch(self) -> None:
         if self.stream: self.stream.synchronize()

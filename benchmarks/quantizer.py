@@ -62,17 +62,19 @@ def layers(d: int, K: int, device: str) -> dict[str, nn.Module]:
     return {"rotvq": ours.to(device), "vector_quantize_pytorch": theirs.to(device), "plain": plain.to(device)}
 
 
-def measure(n: int, d: int, K: int, device: str, rounds: int, names=("rotvq", "vector_quantize_pytorch", "plain")) -> dict:
+def measure(n: int, d: int, K: int, device: str, rounds: int) -> dict:
     gen = torch.Generator().manual_seed(1)                               # another seed than that of the codes
     z, g = (torch.randn(n, d, generator=gen).to(device) for _ in range(2))
     z.requires_grad_()
-    nets = {name: net for name, net in layers(d, K, device).items() if name in names}
+    nets = layers(d, K, device)
     codes = nets["rotvq"].codebook.clone()
     offset = -0.5 * codes.square().sum(1)
 
     def step(net):
         q, _, loss = net(z)
-        return torch.autograd.grad((q, loss), z, (g, torch.ones_like(loss)))[0]
+        grad = torch.autograd.grad((q, loss), z, (g, torch.ones_like(loss)))[0]
+        if net is nets["rotvq"]: net.learn()                             # after each step, as `learn_after` does; the others learn in forward
+        return grad
 
     def look(net):
         with torch.no_grad(): return net(z)[1]
@@ -97,8 +99,8 @@ def main():
     parser.add_argument("--out", type=Path, default=None, help="default: nbs/results/quantizer_<device>.json, and the page")
     args = parser.parse_args()
 
-    def one(*shape, **more):
-        held = measure(*shape, args.device, args.rounds, **more)
+    def one(*shape):
+        held = measure(*shape, args.device, args.rounds)
         print(shape, {name: f"{1e3 * r['median_s']:.1f} ms, {r['peak_bytes'] / 2**20:.0f} MiB" for name, r in held["training"].items()}, flush=True)
         return held
 
@@ -107,7 +109,7 @@ def main():
         result["shapes"].append(one(*shape))
         if args.out: save(result, "quantizer", args.out)                  # what there is, should time run out
     for axis, values in ({} if args.only_shapes else CURVES).items():
-        result["curves"][axis] = [one(*(value if name == axis else base for name, base in zip("NdK", BASE)), names=("rotvq", "vector_quantize_pytorch")) for value in values]
+        result["curves"][axis] = [one(*(value if name == axis else base for name, base in zip("NdK", BASE))) for value in values]
     save(result, "quantizer", args.out)
 
 

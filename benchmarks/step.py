@@ -7,6 +7,7 @@ turns; the share is what a step costs more than the one without. Writes nbs/resu
 nbs/benchmarks.qmd. Takes about two minutes on two cores.
 """
 import argparse
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from vector_quantize_pytorch import VectorQuantize
 
 from measure import in_turns, machine, save
+from quantizer import Plain
 from rotvq.training import PRESETS, Learner
 
 
@@ -30,13 +32,25 @@ class Theirs(VectorQuantize):
         return q, indices, loss.sum()
 
 
+class PlainMaps(Plain):
+    "The plain layer, for feature maps; in float32."
+
+    def forward(self, z):
+        rows = z.float().movedim(1, -1)
+        with torch.autocast(z.device.type, enabled=False): q, indices, loss = super().forward(rows.flatten(0, -2))
+        return q.view(rows.shape).movedim(-1, 1), indices.view(rows.shape[:-1]), loss
+
+
 def learners(preset, device: torch.device) -> dict[str, Learner]:
-    made = {name: Learner(preset, name if name in ("ste", "rotation") else "rotation", 0, device)
-            for name in ("none", "ste", "rotation", "vector_quantize_pytorch")}
+    one_by_one = dataclasses.replace(preset, replay=False)
+    made = {name: Learner(one_by_one, name if name in ("ste", "rotation") else "rotation", 0, device)
+            for name in ("none", "ste", "rotation", "vector_quantize_pytorch", "plain")}
+    if device.type == "cuda": made["rotation, replayed"] = Learner(dataclasses.replace(preset, replay=True), "rotation", 0, device)
     model = made["none"].model
     dim, size = model.config["dim"], model.config["codebook_size"]
     model.quantizer = Bypass()
     made["vector_quantize_pytorch"].model.quantizer = Theirs(dim, size, accept_image_fmap=True, decay=preset.decay, rotation_trick=True).to(device)
+    made["plain"].model.quantizer = PlainMaps(dim, size, preset.decay).to(device)
     for learner in made.values(): learner.model.train()
     return made
 

@@ -23,6 +23,7 @@ from rotvq.codebook import best_code_definition, by_differences_definition, code
 from rotvq.learning import average_definition
 from rotvq.quantizer import quantization_loss
 from rotvq.rotation import pullback_definition, pullback_formula, rounding
+from rotvq.step import gradient_definition, quantize_definition
 
 ESTIMATORS = [(65536, 32), (16384, 256), (65536, 4)]
 LAYERS = [(32768, 32, 1024), (16384, 256, 1024), (16384, 4, 8192), (4096, 64, 16384)]
@@ -62,8 +63,8 @@ def held(t: torch.Tensor) -> int:
     return math.prod(size for size, step in zip(t.shape, t.stride()) if step)
 
 
-NAMES = "pullback", "lookup", "best_code", "by_differences", "sum_by_code", "average"
-PULLBACK, LOOKUP, BEST_CODE, BY_DIFFERENCES, SUMS, AVERAGE = (getattr(torch.ops.rotvq, name).default for name in NAMES)
+NAMES = "pullback", "lookup", "best_code", "by_differences", "sum_by_code", "average", "quantize", "gradient"
+PULLBACK, LOOKUP, BEST_CODE, BY_DIFFERENCES, SUMS, AVERAGE, QUANTIZE, GRADIENT = (getattr(torch.ops.rotvq, name).default for name in NAMES)
 PROCESSORS = 132                                                          # of an H100 or H200
 
 
@@ -94,10 +95,13 @@ def on_gpu(n: int, d: int) -> dict:
     forms |= {LOOKUP: (lambda z, codes, *_: kernels.launch_lookup(z, codes)) if d <= kernels.LONGEST_LOOKUP else lookup_definition}
     forms |= {SUMS: kernels.launch_sums, AVERAGE: lambda *args: kernels.launch_average(*args[:-1])}
     forms |= {BY_DIFFERENCES: lambda z, codes, origin, indices, tile: kernels.launch_differences(z, codes, origin, indices)}
+    fused = lambda z, codes, distance, tile, *more: kernels.launch_quantize(z, codes, *more)
+    forms |= {QUANTIZE: fused if d <= kernels.LONGEST_LOOKUP else quantize_definition}
+    forms |= {GRADIENT: kernels.launch_gradient if d <= kernels.LONGEST else gradient_definition}
     return forms | {BEST_CODE: (lambda z, codes, offset, tile: kernels.launch_search(z, codes, offset)) if kernels.prefers_kernel(n, d, PROCESSORS) else in_tiles}
 
 
-DEFINITIONS = {LOOKUP: lookup_definition, SUMS: code_sums_definition, AVERAGE: average_definition}
+DEFINITIONS = {LOOKUP: lookup_definition, SUMS: code_sums_definition, AVERAGE: average_definition, QUANTIZE: quantize_definition, GRADIENT: gradient_definition}
 WITHOUT_TRITON = DEFINITIONS | {PULLBACK: pullback_definition, BEST_CODE: in_tiles, BY_DIFFERENCES: in_no_doubt}
 APPLE = WITHOUT_TRITON | {PULLBACK: in_float32}
 CPU = DEFINITIONS | {PULLBACK: cpu.pullback_in_blocks, BEST_CODE: cpu.best_code_by_groups, BY_DIFFERENCES: in_no_doubt}
@@ -152,12 +156,13 @@ def layers(n: int, d: int, K: int) -> dict:
     z, g = torch.randn(2, n, d)
     z.requires_grad_()
     ours, theirs = VectorQuantizer(d, K, channel_first=False, init="normal"), VectorQuantize(d, K, decay=0.8, commitment_weight=1.0, rotation_trick=True)
-    unit = 4 * n * d
+    unit, one = 4 * n * d, torch.ones(())
 
     def step(net: nn.Module):
         def call():
             q, _, loss = net(z)
-            torch.autograd.grad((q, loss), z, (g, torch.ones_like(loss)))
+            torch.autograd.grad((q, loss), z, (g, one))
+            if net is ours: net.learn()                                    # the peer's codes move in forward
         call(), [call() for _ in range(10)]                                # beyond the one look at λ
         return call
 

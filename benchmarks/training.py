@@ -28,7 +28,7 @@ def steps(preset, device: torch.device, rounds: int) -> dict:
     "Pictures per second of the step with each quantizer."
     x = torch.rand(preset.batch, 3, preset.size, preset.size, generator=torch.Generator().manual_seed(0)) * 2 - 1
     x = x.to(device).contiguous(memory_format=torch.channels_last)
-    made = {name: learner for name, learner in learners(preset, device).items() if name in ("rotation", "vector_quantize_pytorch")}
+    made = {name: learner for name, learner in learners(preset, device).items() if name in ("rotation", "vector_quantize_pytorch", "plain")}
     times = in_turns({name: lambda learner=learner: learner.step(x) for name, learner in made.items()}, rounds, device.type, memory=False)
     return {name: {"pictures_per_second": preset.batch / t["median_s"], **t} for name, t in times.items()}
 

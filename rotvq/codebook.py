@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['best_code', 'by_differences', 'TELLS_EXPORTS', 'lookup', 'SUMMED_AT_ONCE', 'sum_by_code', 'best_code_definition',
            'by_differences_definition', 'exact_dtype', 'without_autocast', 'exporting', 'lookup_definition',
-           'nearest_code', 'check_distance', 'code_sums_definition', 'code_sums', 'kmeans_plus_plus', 'kmeans',
-           'is_good', 'ema_update', 'code_counts', 'usage', 'perplexity']
+           'nearest_code', 'check_distance', 'summing_dtype', 'code_sums_definition', 'code_sums', 'kmeans_plus_plus',
+           'kmeans', 'is_good', 'ema_update', 'code_counts', 'usage', 'perplexity']
 
 # %% ../nbs/01_vqvae.ipynb #654a0895
 from contextlib import nullcontext
@@ -188,10 +188,15 @@ def _check_lookup(z: Tensor, codebook: Tensor, distance: str):
 SUMMED_AT_ONCE = 2**16  # numbers, on a CPU: as many as fit into its cache
 
 
+def summing_dtype(device: torch.device) -> torch.dtype:
+    """float64: a million numbers, added up one by one in float32, are off by percents.
+    (Apple's GPUs have no float64.)"""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def code_sums_definition(z: Tensor, indices: Tensor, codebook_size: int) -> Tensor:
     "`code_sums`."
-    # a million numbers, added up one by one in float32, are off by percents
-    exact = torch.float32 if z.device.type == "mps" else torch.float64
+    exact = summing_dtype(z.device)
     size = codebook_size + 1, z.shape[1] + 1  # a row more, for −1
     sums = torch.zeros(size, dtype=exact, device=z.device)
     to = torch.where(indices < 0, codebook_size, indices)

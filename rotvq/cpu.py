@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['NEAR_OPPOSITE', 'SAFE', 'BLOCK', 'SMALL', 'GROUP', 'FEW', 'pullback_by_sums', 'pullback_of_few', 'pullback_in_blocks',
-           'best_code_by_groups', 'by_differences_in_blocks', 'lookup_of_few']
+           'best_code_by_groups', 'by_differences_in_blocks', 'lookup_of_few', 'quantize_on_cpu', 'gradient_on_cpu']
 
 # %% ../nbs/84_cpu.ipynb #b3eb99f1
 import torch
 from torch import Tensor
 from .codebook import best_code, best_code_definition
 from .codebook import by_differences, by_differences_definition
-from .codebook import lookup, lookup_definition
+from .codebook import code_sums_definition, lookup, lookup_definition
 from .rotation import mixed, pullback, pullback_definition
+from .step import gradient, gradient_by, quantize, quantize_by
 from .surroundings import exact_products
 
 # %% ../nbs/84_cpu.ipynb #41886e90
@@ -162,3 +163,34 @@ def lookup_of_few(z: Tensor, codes: Tensor, distance: str, tile: int) -> Tensor:
         if (top - known * (z_ * z_).sum(1) <= 0).all():
             return indices
     return lookup_definition(z, codes, distance, tile)
+
+# %% ../nbs/84_cpu.ipynb #84c00002
+@quantize.register_kernel("cpu")
+def quantize_on_cpu(
+    z: Tensor,
+    codes: Tensor,
+    distance: str,
+    tile: int,
+    commitment: float,
+    sums: Tensor | None,
+    ticket: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    "`quantize` for tensors on a CPU."
+    options = distance, tile, commitment, sums
+    return quantize_by(lookup_of_few, code_sums_definition, z, codes, *options)
+
+
+@gradient.register_kernel("cpu")
+def gradient_on_cpu(
+    g: Tensor,
+    g_loss: Tensor,
+    z: Tensor,
+    q: Tensor,
+    weight: Tensor | None,
+    turns: bool,
+    mirror: bool,
+    commitment: float,
+) -> Tensor:
+    "`gradient` for tensors on a CPU."
+    options = weight, turns, mirror, commitment
+    return gradient_by(pullback_in_blocks, g, g_loss, z, q, *options)

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['LONGEST', 'LONGEST_SEARCH', 'LONGEST_LOOKUP', 'PARTS', 'verdicts', 'choices', 'jit', 'processors', 'warp_size',
-           'power_of_two', 'exponent', 'pullback_kernel', 'pullback_options', 'launch_pullback', 'search_kernel',
-           'search_options', 'launch_search', 'differences_kernel', 'differences_options', 'launch_differences',
-           'lookup_kernel', 'lookup_options', 'launch_lookup', 'sums_kernel', 'sums_options', 'launch_sums',
-           'totals_kernel', 'average_kernel', 'average_options', 'launch_average', 'sample', 'pullback_agrees',
-           'search_agrees', 'differences_agree', 'averages_agree', 'lookup_agrees', 'sums_agree', 'passes', 'trusted',
+           'power_of_two', 'exponent', 'pullback_kernel', 'pullback_options', 'launch_pullback', 'launch_gradient',
+           'search_kernel', 'search_options', 'launch_search', 'nearest_by_differences', 'differences_kernel',
+           'differences_options', 'launch_differences', 'lookup_kernel', 'lookup_options', 'launch_lookup',
+           'launch_quantize', 'sums_kernel', 'sums_options', 'launch_sums', 'totals_kernel', 'average_kernel',
+           'average_options', 'launch_average', 'sample', 'pullback_agrees', 'gradients_agree', 'search_agrees',
+           'differences_agree', 'averages_agree', 'lookup_agrees', 'quantize_agrees', 'sums_agree', 'passes', 'trusted',
            'pullback_on_gpu', 'prefers_kernel', 'best_code_on_gpu', 'by_differences_on_gpu', 'sums_on_gpu', 'seconds',
-           'known_choices', 'faster', 'read_choices', 'write_choices', 'lookup_on_gpu', 'average_on_gpu']
+           'known_choices', 'faster', 'read_choices', 'write_choices', 'question', 'lookup_on_gpu', 'quantize_on_gpu',
+           'gradient_on_gpu', 'average_on_gpu']
 
 # %% ../nbs/85_gpu.ipynb #589a08c5
 import functools
@@ -31,6 +33,7 @@ from .codebook import code_sums_definition, exact_dtype
 from .codebook import lookup, lookup_definition, sum_by_code
 from .learning import average, average_definition
 from .rotation import pullback, pullback_definition
+from .step import gradient, gradient_definition, quantize, quantize_definition
 from .surroundings import exact_products
 
 # %% ../nbs/85_gpu.ipynb #68685d5e
@@ -91,13 +94,17 @@ def pullback_kernel(
     q,
     gamma,
     weight,
+    pull,
     out,
     n,
     d,
+    share,
+    turns: tl.constexpr,
     mirror: tl.constexpr,
     has_gamma: tl.constexpr,
     has_weight: tl.constexpr,
     next_weight: tl.constexpr,
+    has_pull: tl.constexpr,
     dtype: tl.constexpr,
     tiny: tl.constexpr,
     ROWS: tl.constexpr,
@@ -108,49 +115,54 @@ def pullback_kernel(
     inside = (row < n)[:, None] & (column < d)[None, :]
     at = row[:, None] * d + column[None, :]
     g_ = tl.load(g + at, mask=inside, other=0.0).to(dtype)
+    turning = inside
     if has_weight:
         w = tl.load(weight + row * next_weight, mask=row < n, other=0.0).to(dtype)
         w, plain = w[:, None], g_
-        turns = inside & (w != 0)  # elsewhere g is the answer, and nothing else is read
-    else:
-        turns = inside
-    z_ = tl.load(z + at, mask=turns, other=0.0).to(dtype)
-    q_ = tl.load(q + at, mask=turns, other=0.0).to(dtype)
-    # every row near 1: no sum overflows or vanishes
-    eg, ez, eq = exponent(g_, dtype), exponent(z_, dtype), exponent(q_, dtype)
-    g_ *= power_of_two(-eg, dtype)[:, None]
-    z_ *= power_of_two(-ez, dtype)[:, None]
-    q_ *= power_of_two(-eq, dtype)[:, None]
-    zz, qq = tl.sum(z_ * z_, 1), tl.sum(q_ * q_, 1)
-    defined = (zz != 0) & (qq != 0)  # true for NaN, which must reach the result
-    lam = tl.sqrt(tl.where(defined, qq / zz, 1.0))
-    if mirror:
-        c = (-1 / lam)[:, None]
-    else:
-        c = (1 / lam)[:, None]
-    r, p = tl.fma(c, q_, z_), tl.fma(-c, q_, z_)  # rounded once
-    rr, rp = tl.sum(r * r, 1), tl.sum(r * p, 1)
-    rg, pg = tl.sum(r * g_, 1), tl.sum(p * g_, 1)
-    tilt = -rp / (4 * zz)
-    normal = rr + tilt * (2 * rp + tilt * (4 * zz - rr))  # of r + tilt p
-    flip = tl.where(normal <= tiny * zz, 0.0, -2 * (rg + tilt * pg) / normal)
-    turned = g_ + flip[:, None] * (r + tilt[:, None] * p)
-    if not mirror:
-        turned += ((rg - pg) / zz)[:, None] * z_
-    turned = tl.where(defined[:, None], turned, g_)
-    k = eg
-    if has_gamma:
-        turned *= tl.load(gamma + row, mask=row < n, other=0.0).to(dtype)[:, None]
-    else:
-        turned *= lam[:, None]
-        k += tl.where(defined, eq - ez, 0)
-    quarter = k >> 2  # 2ᵏ may be out of range where the result is not: four factors
-    step = power_of_two(quarter, dtype)[:, None]
-    rest = power_of_two(k - 3 * quarter, dtype)[:, None]
-    turned = turned * step * step * step * rest
-    if has_weight:
-        between = w * turned + (1 - w) * plain
-        turned = tl.where(w == 0, plain, tl.where(w == 1, turned, between))
+        turning = inside & (w != 0)  # elsewhere g is the answer
+    turned = g_
+    if turns:
+        z_ = tl.load(z + at, mask=turning, other=0.0).to(dtype)
+        q_ = tl.load(q + at, mask=turning, other=0.0).to(dtype)
+        # every row near 1: no sum overflows or vanishes
+        eg, ez, eq = exponent(g_, dtype), exponent(z_, dtype), exponent(q_, dtype)
+        g_ *= power_of_two(-eg, dtype)[:, None]
+        z_ *= power_of_two(-ez, dtype)[:, None]
+        q_ *= power_of_two(-eq, dtype)[:, None]
+        zz, qq = tl.sum(z_ * z_, 1), tl.sum(q_ * q_, 1)
+        defined = (zz != 0) & (qq != 0)  # true for NaN, which must reach the result
+        lam = tl.sqrt(tl.where(defined, qq / zz, 1.0))
+        if mirror:
+            c = (-1 / lam)[:, None]
+        else:
+            c = (1 / lam)[:, None]
+        r, p = tl.fma(c, q_, z_), tl.fma(-c, q_, z_)  # rounded once
+        rr, rp = tl.sum(r * r, 1), tl.sum(r * p, 1)
+        rg, pg = tl.sum(r * g_, 1), tl.sum(p * g_, 1)
+        tilt = -rp / (4 * zz)
+        normal = rr + tilt * (2 * rp + tilt * (4 * zz - rr))  # of r + tilt p
+        flip = tl.where(normal <= tiny * zz, 0.0, -2 * (rg + tilt * pg) / normal)
+        turned = g_ + flip[:, None] * (r + tilt[:, None] * p)
+        if not mirror:
+            turned += ((rg - pg) / zz)[:, None] * z_
+        turned = tl.where(defined[:, None], turned, g_)
+        k = eg
+        if has_gamma:
+            turned *= tl.load(gamma + row, mask=row < n, other=0.0).to(dtype)[:, None]
+        else:
+            turned *= lam[:, None]
+            k += tl.where(defined, eq - ez, 0)
+        quarter = k >> 2  # 2ᵏ may be out of range where the result is not: four factors
+        step = power_of_two(quarter, dtype)[:, None]
+        rest = power_of_two(k - 3 * quarter, dtype)[:, None]
+        turned = turned * step * step * step * rest
+        if has_weight:
+            between = w * turned + (1 - w) * plain
+            turned = tl.where(w == 0, plain, tl.where(w == 1, turned, between))
+    if has_pull:  # of the commitment loss
+        z_ = tl.load(z + at, mask=inside, other=0.0).to(dtype)
+        q_ = tl.load(q + at, mask=inside, other=0.0).to(dtype)
+        turned += (tl.load(pull).to(dtype) * share) * (z_ - q_)
     tl.store(out + at, turned.to(out.dtype.element_ty), mask=inside)
 
 # %% ../nbs/85_gpu.ipynb #156fab87
@@ -180,8 +192,12 @@ def launch_pullback(
     gamma: Tensor | None,
     mirror: bool,
     weight: Tensor | None = None,
+    turns: bool = True,
+    pull: Tensor | None = None,
+    share: float = 0.0,
 ) -> Tensor:
-    "`pullback` by `pullback_kernel`."
+    """`pullback` by `pullback_kernel`, or g where nothing `turns`; `pull` is a scalar,
+    of which `share` times z − q is added."""
     d, out = g.shape[-1], torch.empty(g.shape, dtype=g.dtype, device=g.device)
     n = out.numel() // d
     options = pullback_options(d, g.dtype, warp_size(g.device))
@@ -191,11 +207,28 @@ def launch_pullback(
     weight = weight if one else weight.contiguous()
     options |= dict(mirror=mirror, has_gamma=gamma is not None)
     options |= dict(has_weight=weight is not None, next_weight=0 if one else 1)
+    options |= dict(turns=turns, has_pull=pull is not None)
     if n:
         with torch.cuda.device_of(g):
             grid = (-(-n // options["ROWS"]),)
-            pullback_kernel[grid](*vectors, gamma, weight, out, n, d, **options)
+            more = gamma, weight, pull, out, n, d, share
+            pullback_kernel[grid](*vectors, *more, **options)
     return out
+
+
+def launch_gradient(
+    g: Tensor,
+    g_loss: Tensor,
+    z: Tensor,
+    q: Tensor,
+    weight: Tensor | None,
+    turns: bool,
+    mirror: bool,
+    commitment: float,
+) -> Tensor:
+    "`gradient` by `pullback_kernel`."
+    pull = g_loss, 2 * commitment / max(1, z.numel())
+    return launch_pullback(g, z, q, None, mirror, weight, turns, *pull)
 
 # %% ../nbs/85_gpu.ipynb #82a5e16b
 @jit
@@ -253,6 +286,25 @@ def launch_search(z: Tensor, codes: Tensor, offset: Tensor) -> Tensor:
 
 # %% ../nbs/85_gpu.ipynb #07979d76
 @jit
+def nearest_by_differences(z, codes, row, n, K, d, BN: tl.constexpr, BK: tl.constexpr):
+    "The code nearest to each row, the lowest one of equals."
+    least = tl.full([BN], float("inf"), z.dtype.element_ty)
+    best = tl.zeros([BN], tl.int32)
+    for first in range(0, K, BK):
+        k = first + tl.arange(0, BK)
+        square = tl.zeros([BN, BK], z.dtype.element_ty)
+        for j in range(0, d):
+            x = tl.load(z + row * d + j, mask=row < n, other=0.0)
+            c = tl.load(codes + k * d + j, mask=k < K, other=float("inf"))
+            square += (x[:, None] - c[None, :]) * (x[:, None] - c[None, :])
+        square = tl.where(square == square, square, float("inf"))  # not NaN
+        value, place = tl.min(square, 1, return_indices=True)  # the leftmost of equals
+        best = tl.where(value < least, first + place, best)
+        least = tl.minimum(value, least)
+    return best
+
+
+@jit
 def differences_kernel(
     z,
     codes,
@@ -281,20 +333,8 @@ def differences_kernel(
         far += tl.sum((x - o) * (x - o), 1)
     doubtful = (found > 0) & (found < rough * far)
     if tl.max(doubtful.to(tl.int32), 0) > 0:
-        least = tl.full([BN], float("inf"), z.dtype.element_ty)
-        best = tl.zeros([BN], tl.int64)
-        for first in range(0, K, BK):
-            k = first + tl.arange(0, BK)
-            square = tl.zeros([BN, BK], z.dtype.element_ty)
-            for j in range(0, d):
-                x = tl.load(z + row * d + j, mask=row < n, other=0.0)
-                c = tl.load(codes + k * d + j, mask=k < K, other=float("inf"))
-                square += (x[:, None] - c[None, :]) * (x[:, None] - c[None, :])
-            square = tl.where(square == square, square, float("inf"))  # not NaN
-            value, place = tl.min(square, 1, return_indices=True)  # leftmost of equals
-            best = tl.where(value < least, first + place, best)
-            least = tl.minimum(value, least)
-        index = tl.where(doubtful, best, index)
+        nearest = nearest_by_differences(z, codes, row, n, K, d, BN, BK)
+        index = tl.where(doubtful, nearest.to(tl.int64), index)
     tl.store(out + row, index, mask=row < n)
 
 
@@ -330,6 +370,15 @@ def lookup_kernel(
     K,
     d,
     rough,
+    value,
+    q,
+    sums,
+    parts,
+    ticket,
+    loss,
+    share,
+    STEP: tl.constexpr,
+    LEARN: tl.constexpr,
     PRECISION: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -375,21 +424,34 @@ def lookup_kernel(
     found, far = tl.sum(off * off, 1), tl.sum(held * held, 1)
     doubtful = (found > 0) & (found < rough * far)
     if tl.max(doubtful.to(tl.int32), 0) > 0:
-        least = tl.full([BN], float("inf"), tl.float32)
-        nearest = tl.zeros([BN], tl.int32)
-        for first in range(0, K, 16):
-            k = first + tl.arange(0, 16)
-            square = tl.zeros([BN, 16], tl.float32)
-            for j in range(0, d):
-                x = tl.load(z + row * d + j, mask=row < n, other=0.0)
-                c = tl.load(codes + k * d + j, mask=k < K, other=float("inf"))
-                square += (x[:, None] - c[None, :]) * (x[:, None] - c[None, :])
-            square = tl.where(square == square, square, float("inf"))  # not NaN
-            value, place = tl.min(square, 1, return_indices=True)  # leftmost of equals
-            nearest = tl.where(value < least, first + place, nearest)
-            least = tl.minimum(value, least)
+        nearest = nearest_by_differences(z, codes, row, n, K, d, BN, 16)
         index = tl.where(doubtful, nearest, index)
-    tl.store(out + row, index.to(tl.int64), mask=row < n)
+    index = index.to(tl.int64)
+    tl.store(out + row, index, mask=row < n)
+    if STEP:
+        at = row[:, None] * d + column[None, :]
+        vectors = tl.load(z + at, mask=here, other=0.0)
+        of_code = codes + index[:, None] * d + column[None, :]
+        chosen = tl.load(of_code, mask=here, other=0.0)
+        off = vectors - chosen
+        tl.store(parts + tl.program_id(0), tl.sum(tl.sum(off * off, 1), 0))
+        tl.store(value + at, chosen, mask=here)
+        tl.store(q + at, chosen, mask=here)
+        if LEARN:
+            to = sums + index * (d + 1)
+            numbers = vectors.to(tl.float64)
+            tl.atomic_add(to[:, None] + column[None, :], numbers, mask=here)
+            tl.atomic_add(to + d, tl.full([BN], 1.0, tl.float64), mask=row < n)
+        tl.debug_barrier()
+        programs = tl.num_programs(0)
+        if tl.atomic_add(ticket, 1) == programs - 1:  # all others have stored theirs
+            total = tl.zeros([256], tl.float64)
+            for first in range(0, programs, 256):
+                part = first + tl.arange(0, 256)
+                there = part < programs
+                total += tl.load(parts + part, mask=there, other=0.0, volatile=True)
+            tl.store(loss, tl.sum(total, 0) * share)
+            tl.store(ticket, 0)
 
 # %% ../nbs/85_gpu.ipynb #c0a1d003
 LONGEST_LOOKUP = 64  # numbers of a vector that a program holds beside a tile of codes
@@ -398,23 +460,42 @@ LONGEST_LOOKUP = 64  # numbers of a vector that a program holds beside a tile of
 def lookup_options(d: int, warp: int = 32) -> dict:
     "How `lookup_kernel` is compiled for vectors of `d` numbers."
     BD = max(16, 1 << (d - 1).bit_length())
-    sizes = dict(BN=64, BK=32 if BD == 16 else 64, BD=BD, num_stages=1)
+    sizes = dict(BN=64, BK=32 if BD <= 32 else 64, BD=BD, num_stages=1)
     sizes |= dict(PRECISION="tf32x3" if warp == 32 else "ieee", num_warps=256 // warp)
     return sizes | dict(enable_fp_fusion=False)  # as above
 
 
-def launch_lookup(z: Tensor, codes: Tensor) -> Tensor:
-    "`lookup` for float32 vectors and the Euclidean distance by `lookup_kernel`."
+def launch_lookup(z: Tensor, codes: Tensor, *more, step=False, learn=False) -> Tensor:
+    """`lookup` for float32 vectors and the Euclidean distance by `lookup_kernel`;
+    `more`: what a `step` writes, and the share of the loss."""
     (n, d), K = z.shape, len(codes)
     out = torch.empty(n, dtype=torch.int64, device=z.device)
-    options = lookup_options(d, warp_size(z.device))
+    options = lookup_options(d, warp_size(z.device)) | dict(STEP=step, LEARN=learn)
     z, codes = z.contiguous(), codes.contiguous()
     if n:
         with torch.cuda.device_of(z):
-            rough = 2**10 * torch.finfo(torch.float32).eps
+            sizes = n, K, d, 2**10 * torch.finfo(torch.float32).eps
             grid = (-(-n // options["BN"]),)
-            lookup_kernel[grid](z, codes, out, n, K, d, rough, **options)
+            more = more or (None,) * 6 + (0.0,)
+            lookup_kernel[grid](z, codes, out, *sizes, *more, **options)
     return out
+
+
+def launch_quantize(
+    z: Tensor,
+    codes: Tensor,
+    commitment: float,
+    sums: Tensor | None,
+    ticket: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    "`quantize` for float32 vectors and the Euclidean distance by `lookup_kernel`."
+    n, learn = len(z), sums is not None
+    value, q = (torch.empty(z.shape, device=z.device) for _ in range(2))
+    parts, loss = (torch.empty(k, device=z.device) for k in (n, ()))
+    if ticket is None:
+        ticket = torch.zeros((), dtype=torch.int32, device=z.device)
+    more = value, q, sums, parts, ticket, loss, commitment / z.numel()
+    return value, q, launch_lookup(z, codes, *more, step=True, learn=learn), loss
 
 # %% ../nbs/85_gpu.ipynb #e0a1d002
 @jit
@@ -466,10 +547,11 @@ def totals_kernel(
     for first in range(tl.program_id(0) * BK, K, P * BK):
         k = first + tl.arange(0, BK)
         inside = (k < K)[:, None] & (column < d + 1)[None, :]
-        at = batch + k[:, None].to(tl.int64) * (d + 1) + column[None, :]
-        rows = tl.load(at, mask=inside, other=0.0)
+        row = batch + k.to(tl.int64) * (d + 1)
+        of_batch = row[:, None] + column[None, :]
+        rows = tl.load(of_batch, mask=inside, other=0.0).to(tl.float32)
         numbers += tl.sum(rows, 1)
-        came += tl.sum(tl.where((column == d)[None, :], rows, 0.0), 1)
+        came += tl.load(row + d, mask=k < K, other=0.0).to(tl.float32)
         held += tl.load(counts + k, mask=k < K, other=0.0)
     to = totals + tl.program_id(0) * 3
     tl.store(to, tl.sum(numbers, 0))
@@ -510,11 +592,12 @@ def average_kernel(
     inside = (k < K)[:, None] & (column < d)[None, :]
     at = k[:, None].to(tl.int64) * d + column[None, :]
     row = k.to(tl.int64) * (d + 1)
-    n = tl.load(batch + row + d, mask=k < K, other=0.0)
+    n = tl.load(batch + row + d, mask=k < K, other=0.0).to(tl.float32)
     count = tl.load(counts + k, mask=k < K, other=0.0)
     count += tl.where(learns, new * (n - count), 0.0)
     m = tl.load(sums + at, mask=inside, other=0.0)
-    s = tl.load(batch + row[:, None] + column[None, :], mask=inside, other=0.0)
+    of_batch = batch + row[:, None] + column[None, :]
+    s = tl.load(of_batch, mask=inside, other=0.0).to(tl.float32)
     m += tl.where(learns[:, None], new * (s - m), 0.0)
     squares = tl.sum(m * m, 1)
     faded = (count < 1e-15) & (squares < 1e-30)
@@ -523,6 +606,7 @@ def average_kernel(
     m = tl.where(faded[:, None], 0.0, m)
     N = held + new * (came - held)
     smoothed = (count + 1e-5) / (N + K * 1e-5) * N
+    tl.debug_barrier()  # every thread has read what is written now
     tl.store(counts + k, count, mask=k < K)
     tl.store(sums + at, m, mask=inside)
     moved = inside & (stays & learns)[:, None]
@@ -531,6 +615,8 @@ def average_kernel(
         timer = (idle if clock == 0 else waited) + k
         old = tl.load(timer, mask=k < K, other=0)
         tl.store(timer, tl.where(n > 0, 0, old + 1), mask=learns)
+    zero = tl.zeros([BK, BD], batch.dtype.element_ty)  # the batch is used up
+    tl.store(of_batch, zero, mask=(k < K)[:, None] & (column < d + 1)[None, :])
 
 # %% ../nbs/85_gpu.ipynb #b0a1d003
 PARTS = 256  # programs that add up
@@ -540,7 +626,7 @@ def average_options(d: int) -> dict:
     "How `totals_kernel` and `average_kernel` are compiled for codes of `d` numbers."
     BD = 1 << d.bit_length()  # of d + 1 numbers
     sizes = dict(BK=max(1, 2048 // BD), BD=BD)
-    return sizes | dict(num_warps=4, enable_fp_fusion=False)
+    return sizes | dict(num_warps=4, num_stages=1, enable_fp_fusion=False)
 
 
 def launch_average(
@@ -552,12 +638,12 @@ def launch_average(
     P = min(PARTS, programs)
     totals = torch.empty(P, 3, device=codes.device)
     good = torch.empty((), dtype=torch.bool, device=codes.device)
-    state = codes, counts, sums, idle, waited, batches
+    state = codes, counts, sums, idle, waited, batches, batch
     with torch.cuda.device_of(codes):
         totals_kernel[(P,)](counts, batch, totals, K, d, P, **options)
         sizes = K, d, P, 1 - decay
         options |= dict(PARTS=PARTS)
-        average_kernel[(programs,)](*state, batch, totals, good, *sizes, **options)
+        average_kernel[(programs,)](*state, totals, good, *sizes, **options)
     for tensor in state:  # autograd must know that they have changed
         torch.autograd.graph.increment_version(tensor)
     return good
@@ -603,6 +689,31 @@ def pullback_agrees(d: int, dtype: torch.dtype, device) -> bool:
         close.append(torch.where(bad, ~ours.isfinite().all(1), same))
     return bool(torch.cat(close).all())
 
+
+# %% ../nbs/85_gpu.ipynb #80b00002
+def gradients_agree(d: int, device) -> bool:
+    "Whether `pullback_kernel` adds the commitment's gradient as the definition does."
+    g, z, q = sample(d, torch.float32, device)
+    one = torch.ones((), device=device)
+    weight = (0.5 * one).expand(len(g))
+    for w, turns, mirror in (
+        (None, True, False),
+        (weight, True, False),
+        (0 * weight, True, False),
+        (None, True, True),
+        (None, False, False),
+    ):
+        args = g, one, z, q, w, turns, mirror, 0.5
+        parts = gradient_definition(*args[:-1], 0.0), 0.5 * (z - q) / z.numel()
+        forms = launch_gradient, gradient_definition
+        ours, right = (form(*args).double() for form in forms)
+        size = sum(part.double().norm(dim=1) for part in parts)
+        error = (ours - right).norm(dim=1) / size
+        same = (ours == right).all(1) | (error < 1e-5)
+        bad = ~right.isfinite().all(1)
+        if not torch.where(bad, ~ours.isfinite().all(1), same).all():
+            return False
+    return True
 
 # %% ../nbs/85_gpu.ipynb #18ebf306
 def search_agrees(d: int, device) -> bool:
@@ -651,13 +762,14 @@ def averages_agree(d: int, device) -> bool:
     for rows in (batch, batch * 0, spoilt):
         right = [t.clone() for t in state]
         mine = [t.to(device, copy=True) for t in state]
-        rows = rows.to(device, copy=True)
-        good = average_definition(*right, rows.cpu(), 0.8, "euclidean")
-        found = launch_average(*mine, rows, 0.8)
+        rows = rows.to(device, torch.float64, copy=True)
+        right.append(rows.cpu().clone()), mine.append(rows)
+        good = average_definition(*right, 0.8, "euclidean")
+        found = launch_average(*mine, 0.8)
         close = [torch.allclose(a.cpu(), b, 1e-5, 1e-6) for a, b in zip(mine, right)]
         pairs = zip(mine[1:3], right[1:3])
         same = [torch.equal(a.cpu() == 0, b == 0) for a, b in pairs]
-        if not all(close + same) or bool(found) != bool(good):
+        if rows.any() or not all(close + same) or bool(found) != bool(good):
             return False
     return True
 
@@ -684,6 +796,26 @@ def lookup_agrees(d: int, device) -> bool:
         right = tied if bool((z[0] == z[0].round()).all()) else near | (error == 0)
         right[7] = True  # any code will do
         if not right.all():
+            return False
+    return True
+
+# %% ../nbs/85_gpu.ipynb #80b00001
+def quantize_agrees(d: int, device) -> bool:
+    "Whether `launch_quantize` does what the definition does with the codes it finds."
+    gen = torch.Generator().manual_seed(0)
+    z, codes = (torch.randn(n, d, generator=gen) for n in (300, 150))
+    start = torch.rand(150, d + 1, generator=gen, dtype=torch.float64)
+    sums, ticket = start.to(device, copy=True), torch.zeros((), dtype=torch.int32)
+    ticket = ticket.to(device)
+    for learned in (1, 2):
+        state = sums, ticket
+        found = launch_quantize(z.to(device), codes.to(device), 0.5, *state)
+        value, q, indices, loss = (t.cpu() for t in found)
+        right = start + learned * code_sums_definition(z.double(), indices, 150)
+        error = 0.5 * (z - q).square().mean()
+        same = torch.equal(value, codes[indices]) and torch.equal(q, value)
+        close = torch.allclose(loss, error) and torch.allclose(sums.cpu(), right)
+        if not (same and close and int(ticket) == 0 and lookup_agrees(d, device)):
             return False
     return True
 
@@ -847,6 +979,13 @@ def write_choices() -> None:
         pass
 
 # %% ../nbs/85_gpu.ipynb #d0a1d003
+def question(what: str, n: int, d: int, K: int, device: torch.device) -> str:
+    "The class of a shape on a device."
+    sizes = ", ".join(str(1 << (k - 1).bit_length()) for k in (n, d, K))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
+    return f"{what} of {sizes} on {name}"
+
+
 @lookup.register_kernel("cuda")
 def lookup_on_gpu(z: Tensor, codes: Tensor, distance: str, tile: int) -> Tensor:
     "`lookup` on a GPU."
@@ -856,10 +995,51 @@ def lookup_on_gpu(z: Tensor, codes: Tensor, distance: str, tile: int) -> Tensor:
     if not (n and fits and trusted(lookup_agrees, d, z.device)):
         return parts()
     whole = lambda: launch_lookup(z, codes)
-    sizes = ", ".join(str(1 << (k - 1).bit_length()) for k in (n, d, K))
     forms = {"in parts": parts, "one kernel": whole}
-    name = torch.cuda.get_device_name(z.device) if z.is_cuda else "a CPU"
-    return forms[faster(f"lookup of {sizes} on {name}", forms, z.device)]()
+    return forms[faster(question("lookup", n, d, K, z.device), forms, z.device)]()
+
+# %% ../nbs/85_gpu.ipynb #80b00003
+@quantize.register_kernel("cuda")
+def quantize_on_gpu(
+    z: Tensor,
+    codes: Tensor,
+    distance: str,
+    tile: int,
+    commitment: float,
+    sums: Tensor | None,
+    ticket: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    "`quantize` on a GPU."
+    (n, d), K = z.shape, len(codes)
+    options = distance, tile, commitment
+    parts = lambda sums: quantize_definition(z, codes, *options, sums, None)
+    fits = distance == "euclidean" and z.dtype == torch.float32 and d <= LONGEST_LOOKUP
+    if not (n and fits and trusted(quantize_agrees, d, z.device)):
+        return parts(sums)
+    whole = lambda sums: launch_quantize(z, codes, commitment, sums, ticket)
+    forms = {"in parts": parts, "one kernel": whole}
+    scratch = lambda: None if sums is None else torch.zeros_like(sums)
+    timed = {name: lambda form=form: form(scratch()) for name, form in forms.items()}
+    return forms[faster(question("step", n, d, K, z.device), timed, z.device)](sums)
+
+
+@gradient.register_kernel("cuda")
+def gradient_on_gpu(
+    g: Tensor,
+    g_loss: Tensor,
+    z: Tensor,
+    q: Tensor,
+    weight: Tensor | None,
+    turns: bool,
+    mirror: bool,
+    commitment: float,
+) -> Tensor:
+    "`gradient` on a GPU."
+    args = g, g_loss, z, q, weight, turns, mirror, commitment
+    d, float32 = g.shape[1], all(t.dtype == torch.float32 for t in (g, g_loss, z))
+    if float32 and d <= LONGEST and trusted(gradients_agree, d, g.device):
+        return launch_gradient(*args)
+    return gradient_definition(*args)
 
 # %% ../nbs/85_gpu.ipynb #b0a1d005
 @average.register_kernel("cuda")
@@ -868,7 +1048,7 @@ def average_on_gpu(
 ) -> Tensor:
     "`average` on a GPU."
     state, d = (codes, counts, sums, idle, waited, batches), codes.shape[1]
-    float32 = all(t.dtype == torch.float32 for t in (codes, counts, sums, batch))
+    float32 = all(t.dtype == torch.float32 for t in (codes, counts, sums))
     whole = all(t.is_contiguous() for t in (*state, batch))
     fits = distance == "euclidean" and float32 and whole and d < LONGEST
     if fits and trusted(averages_agree, d, codes.device):

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .codebook import check_distance, code_sums, ema_update, exact_dtype
-from .codebook import exporting, is_good, kmeans, perplexity
+from .codebook import exporting, is_good, kmeans, perplexity, summing_dtype
 from .distributed import all_reduce_sum, gather_rows, one_of_each
 from .distributed import sample_rows, scrambled, world_size
 from .householder import unit
@@ -142,17 +142,19 @@ def average_definition(
     idle: Tensor,
     waited: Tensor,
     batches: Tensor,
-    batch: Tensor,  # of `code_sums`
+    batch: Tensor,  # of `code_sums`; used up: it is 0 afterwards
     decay: float,
     distance: str,
 ) -> Tensor:  # whether the batch was learned from, a bool scalar
     "One step of the running averages and of the timers."
-    good = ema_update(codes, counts, sums, batch, decay, distance=distance)
-    tick(idle, waited, batches, batch, good)
+    new = batch.to(counts.dtype)
+    good = ema_update(codes, counts, sums, new, decay, distance=distance)
+    tick(idle, waited, batches, new, good)
+    batch.zero_()
     return good
 
 
-STATE = "codes", "counts", "sums", "idle", "waited", "batches"
+STATE = "codes", "counts", "sums", "idle", "waited", "batches", "batch"
 average = torch.library.custom_op(
     f"{__name__.split('.')[0]}::average", average_definition, mutates_args=STATE
 )
@@ -267,6 +269,8 @@ class Codebook(nn.Module):
         self.skip_now.fill_(self.skip)
         if not self.automatic:  # revival may have been turned on
             self.make_room()
+        if self.collected and not self.revives:
+            self.collected["drawn"].zero_()
 
     def forward(self) -> Tensor:
         """The codes in at least float32, of length 1 for the cosine, with a gradient
@@ -351,18 +355,24 @@ class Codebook(nn.Module):
                 stacklevel=6,
             )
 
+    def meets(self) -> bool:
+        "Whether processes meet in each forward pass; else they do in `learn`."
+        return self.sync and self._automatic and world_size() > 1
+
     @torch.no_grad()
-    def collect(self, rows: Rows, indices: Tensor) -> None:
-        "Add a batch to what the codes will learn from. No step waits for the device."
-        # an optimizer needs no sums, only the counts
-        vectors = rows.vectors[:, :0] if self.learnable else rows.vectors
-        batch = code_sums(vectors, indices, self.codebook_size)
-        if torch.compiler.is_compiling():
-            batch = batch * first_time(batch)  # asked when the graph runs
-        together = self.sync and self._automatic  # else all processes meet in `learn`
-        total = self.collected
-        total["sums"].add_(all_reduce_sum(batch, together))
-        total["batches"].copy_(self.batches)
+    def collect(self, rows: Rows, indices: Tensor, counted: bool = False) -> None:
+        """Add a batch to what the codes will learn from; `counted`: its sums are there
+        already. No step waits for the device."""
+        together, total = self.meets(), self.collected
+        if not counted:
+            # an optimizer needs no sums, only the counts
+            vectors = rows.vectors[:, :0] if self.learnable else rows.vectors
+            batch = code_sums(vectors, indices, self.codebook_size)
+            if torch.compiler.is_compiling():
+                batch = batch * first_time(batch)  # asked when the graph runs
+            total["sums"].add_(all_reduce_sum(batch, together))
+        if self._automatic:
+            total["batches"].copy_(self.batches)
         if self.revives:
             usable = rows.usable()
             spoilt = rows.fill(~usable, False).any()
@@ -377,16 +387,19 @@ class Codebook(nn.Module):
     def discard(self) -> None:
         "Forget what was collected."
         self._pending = False
-        for name in self.collected.keys() - {"rows", "batches"}:  # as `drawn` says
+        for name in self.collected.keys() & {"sums", "drawn"}:  # that says for `rows`
             self.collected[name].zero_()
 
     def make_room(self) -> None:
         "Tensors for what is collected, where there are none; graphs cannot make them."
         if not self.collected:
-            sums = self.counts.new_zeros(len(self.counts), self.dim + 1)
-            sums = sums[:, -1:].clone() if self.learnable else sums
+            size = len(self.counts), 1 if self.learnable else self.dim + 1
+            wide = summing_dtype(self.counts.device)
+            sums = self.counts.new_zeros(size, dtype=wide)
             batches, drawn = self.batches.new_zeros(2).unbind()
+            ticket = self.batches.new_zeros((), dtype=torch.int32)
             self.collected = {"sums": sums, "batches": batches, "drawn": drawn > 0}
+            self.collected["ticket"] = ticket
         if self.revives and "rows" not in self.collected:
             rows = self.counts.new_zeros(len(self.counts), self.dim)
             self.collected["rows"] = rows
@@ -432,6 +445,7 @@ class Codebook(nn.Module):
             new = torch.where(good, batch[:, -1].to(self.counts.dtype), self.counts)
             self.counts.lerp_(new, 1 - self.decay)
             tick(*clocks, batch, good)
+            batch.zero_()
         else:
             state = self.codes, self.counts, self.sums, *clocks
             compiling = torch.compiler.is_compiling()
@@ -439,7 +453,12 @@ class Codebook(nn.Module):
             good = step(*state, batch, self.decay, self.distance)
         if self.revives:
             self.place(rows, self.unused() & drawn & good)
-        self.discard()
+            self.collected["drawn"].zero_()
+        self._pending = False
+
+    def is_trained(self) -> bool:
+        "Whether an optimizer moves the codes, so that they need a loss and a gradient."
+        return self.learnable and not self.frozen
 
     @property
     def revives(self) -> bool:
@@ -550,8 +569,12 @@ class Codebook(nn.Module):
         self.catch_up()
         super()._apply(apply_exactly(self, fn, EXACT), recurse)
         for name, total in self.collected.items():
-            dtype = self.counts.dtype if total.is_floating_point() else total.dtype
-            self.collected[name] = fn(total).to(dtype)
+            if total.is_floating_point():  # Apple's GPUs have no float64
+                total = fn(total.to(self.counts.dtype)).to(self.counts.dtype)
+                wide = summing_dtype(total.device) if name == "sums" else total.dtype
+                self.collected[name] = total.to(wide)
+            else:
+                self.collected[name] = fn(total)
         return self
 
     def train(self, mode: bool = True):

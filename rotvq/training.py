@@ -33,6 +33,7 @@ from .codebook import code_counts, perplexity, usage
 from .data import SAMPLE, ImageNet10, Pictures, Source, fetch, imagenet10
 from .distributed import all_reduce_sum, first_before_others, from_first
 from .distributed import launched, rank_of, world_size
+from .graphs import Replayed
 from .metrics import psnr, quantization_error
 from .learning import learn_after
 from .model import VQVAE, replacing
@@ -98,6 +99,8 @@ class Config:
     precision: Literal["float32", "bfloat16"] = "float32"
     # torch.compile the model
     compile: bool = False
+    # on one GPU: a step is captured as a CUDA graph, and replayed
+    replay: bool = False
 
 # %% ../nbs/12_training.ipynb #097ba9c8
 def check_config(config: Config) -> None:
@@ -140,7 +143,7 @@ PRESETS = {
         Config("smoke", **_smoke, limit=128),
         Config("study", size=32, width=32, dim=16, codebook_size=512, epochs=10),
         Config("cpu"),
-        Config("cuda", **_cuda, schedule="cosine", precision="bfloat16"),
+        Config("cuda", **_cuda, schedule="cosine", precision="bfloat16", replay=True),
         Config("paper-f8", **_f8),
         Config("paper-f8-cosine", **(_f8 | _cosine)),
         Config("paper-f4", **_f4),
@@ -302,9 +305,16 @@ class Learner:
         if change is not None:
             change(model)
         self.model = model.to(device, memory_format=torch.channels_last)
-        self.opt = torch.optim.AdamW(
-            model.parameters(), config.lr, (0.9, 0.99), weight_decay=config.weight_decay
-        )
+        on_gpu, replays = device.type == "cuda", False
+        if on_gpu:  # all batches have one shape: look for its fastest algorithms
+            exact = torch.are_deterministic_algorithms_enabled()
+            torch.backends.cudnn.benchmark = not exact
+            replays = config.replay and not config.compile and world_size() == 1
+        lr = torch.tensor(config.lr, device=device) if replays else config.lr
+        how = {"fused": on_gpu or None, "capturable": replays}
+        how |= {"betas": (0.9, 0.99), "weight_decay": config.weight_decay}
+        self.opt = torch.optim.AdamW(model.parameters(), lr, **how)
+        self.replayed = Replayed(self.take) if replays else None
         if isinstance(model.quantizer, VectorQuantizer):  # a change may leave another
             learn_after(self.model, self.opt)
         self.average = copy.deepcopy(self.model) if config.ema else None
@@ -318,6 +328,18 @@ class Learner:
     def step(self, x: Tensor, lr: float | None = None) -> tuple[Tensor, Tensor]:
         """One update on the batch `x`; returns the reconstruction error and the code
         counts of the batch."""
+        lr = self.config.lr if lr is None else lr
+        for group in self.opt.param_groups:
+            if isinstance(group["lr"], Tensor):  # a graph reads it where it lies
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+        taken = (self.replayed or self.take)(x)
+        self.updates += self.average is not None
+        return taken
+
+    def take(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        "The step, at the rate that the optimizer has."
         parts = x.split(self.config.micro_batch or len(x))
         mse, counts = x.new_zeros(()), 0
         self.opt.zero_grad(set_to_none=True)
@@ -328,7 +350,7 @@ class Learner:
                 ((error + commitment) * weight).backward()
             mse = mse + error.detach() * weight
             counts = counts + code_counts(indices, self.config.codebook_size)
-        norm = self.update(self.config.lr if lr is None else lr)
+        norm = self.update()
         # a gradient that is no number has spoilt the weights
         mse = torch.where(norm.isfinite(), mse, torch.nan)
         if world_size() > 1:  # of the joint batch
@@ -345,10 +367,8 @@ class Learner:
             x_hat, indices, commitment = self.net(x)
         return (x_hat.float() - x).square().mean(), commitment, indices
 
-    def update(self, lr: float) -> Tensor:
+    def update(self) -> Tensor:
         "Clip the gradients, move the weights, and their average; the gradients' norm."
-        for group in self.opt.param_groups:
-            group["lr"] = lr
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.opt.step()
         if self.average is not None:
@@ -361,7 +381,6 @@ class Learner:
         `torch.optim.swa_utils` copies a number to the GPU in every step, and waits.)"""
         for a, b in zip(self.average.parameters(), self.model.parameters()):
             a.lerp_(b, 1 - self.config.ema) if self.updates else a.copy_(b)
-        self.updates += 1
         for a, b in zip(self.average.buffers(), self.model.buffers()):
             a.copy_(b)
 
@@ -371,9 +390,11 @@ class Learner:
 
     def begin(self, epoch: int) -> None:
         "Training mode, and the estimator of this epoch."
-        later = epoch >= self.config.switch
+        estimator = self.estimators[-1 if epoch >= self.config.switch else 0]
+        if self.replayed and self.model.quantizer.estimator != estimator:
+            self.replayed.forget()
         for model in (self.model.train(), self.trained):
-            model.quantizer.estimator = self.estimators[-1 if later else 0]
+            model.quantizer.estimator = estimator
 
     @property
     def trained(self) -> VQVAE:
@@ -396,7 +417,13 @@ class Learner:
     def restore(self, state: dict) -> None:
         "Go on from `state()`."
         self.model.load_state_dict(state["model"])
-        self.opt.load_state_dict(state["opt"])
+        if self.replayed:  # the optimizer's numbers will lie elsewhere
+            self.replayed.forget()
+        # how it computes is this machine's affair
+        pairs = zip(state["opt"]["param_groups"], self.opt.param_groups, strict=True)
+        own = "lr", "fused", "capturable"
+        groups = [group | {name: mine[name] for name in own} for group, mine in pairs]
+        self.opt.load_state_dict(state["opt"] | {"param_groups": groups})
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.updates = state["updates"]
@@ -442,7 +469,8 @@ def evaluate(
     return result | {"perplexity": perplexity(counts).item(), "images": len(images)}
 
 # %% ../nbs/12_training.ipynb #ae3064ba
-MAY_CHANGE = ("root", "micro_batch", "compile")  # may change when a run goes on
+# may change when a run goes on
+MAY_CHANGE = ("root", "micro_batch", "compile", "replay")
 
 
 class Run:

@@ -78,7 +78,7 @@ MUTATIONS = {
     "G5: copied": ("check-g5", *IDENTITY),
     "G6: λ where it should be 1": ("check-g6", SCALE,
                                    'expand(2 * length_ratio(z, q) if gamma is None else gamma, "gamma", z), expand(weight'),
-    "P1: the trick copies": ("check-toy", '"rotation": partial(held_map, gamma=None, mirror=False)', '"rotation": straight_through'),
+    "P1: the trick copies": ("check-toy", '"rotation": (True, False)', '"rotation": (False, False)'),
     "P5: a third halving": ("check-p5", "nn.Conv2d(a, b, 4, 2, 1)", "nn.Conv2d(a, b, 4, 4)"),
     "P6: the way back": ("check-p6", "2 * e @ zh[..., None] @ qh[:, None]", "2 * e @ qh[..., None] @ zh[:, None]"),
     "why: a copied gradient swings": ("check-swing", *IDENTITY),

@@ -44,15 +44,16 @@ def test_a_layer_step_is_few_launches_and_few_calls_of_the_host():
     vq = VectorQuantizer(16, 64, channel_first=False)
     vq.learn()                                                            # from now on by hand
     z, g = torch.randn(2, 500, 16)
+    one = torch.ones(())
     z.requires_grad_()
 
     def step():
         q, _, loss = vq(z)
-        torch.autograd.grad((q, loss), z, (g, torch.ones_like(loss)))
+        torch.autograd.grad((q, loss), z, (g, one))
         vq.learn()
 
     for _ in range(11): step()                                            # beyond the one look at λ
-    assert counted(step, on_gpu(500, 16), z.nbytes)["kernels"] <= 20
+    assert counted(step, on_gpu(500, 16), z.nbytes)["kernels"] <= 4
 
     class Calls(torch.utils._python_dispatch.TorchDispatchMode):
         "Views, too."
@@ -63,7 +64,7 @@ def test_a_layer_step_is_few_launches_and_few_calls_of_the_host():
             return func(*args, **(kwargs or {}))
 
     with Calls() as calls: step()
-    assert calls.count <= 34
+    assert calls.count <= 8
 
 
 def test_the_page_is_up_to_date():

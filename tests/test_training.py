@@ -1,4 +1,5 @@
 """The training engine: equal conditions, what a step does in any way of taking it, evaluation, schedule, and what a run records."""
+import copy
 import dataclasses
 import json
 
@@ -10,6 +11,7 @@ import rotvq.training as training
 from rotvq import VQVAE
 from rotvq.codebook import perplexity, usage
 from rotvq.data import SAMPLE, ImageNet10, fetch
+from rotvq.graphs import Replayed
 from rotvq.metrics import psnr
 from rotvq.training import PRESETS, Config, Learner, batches, check_config, evaluate, find_preset, order_of, rate, to_float, train
 
@@ -125,6 +127,46 @@ def test_settings_that_do_not_fit_are_named(changes, words):
 def test_every_preset_is_whole_and_survives_json(name):
     check_config(PRESETS[name])
     assert Config(**json.loads(json.dumps(dataclasses.asdict(PRESETS[name])))) == PRESETS[name]
+
+
+def test_a_checkpoint_of_a_gpu_goes_on_on_a_cpu():
+    "There the optimizer's rate is a tensor, and its step is fused and can be captured."
+    plain, other = (Learner(TINY, "rotation", 0, CPU) for _ in range(2))
+    x = torch.rand(4, 3, TINY.size, TINY.size)
+    plain.step(x, 1e-3)
+    state = copy.deepcopy(plain.state())
+    state["opt"]["param_groups"][0] |= {"fused": True, "capturable": True, "lr": torch.tensor(1e-3)}
+    other.restore(state)
+    for learner in (plain, other): learner.step(x, 1e-4)
+    for a, b in zip(plain.model.parameters(), other.model.parameters()): assert torch.equal(a, b)
+
+
+def test_what_is_replayed_changes_with_shapes_estimators_and_checkpoints():
+    "A step of another shape is taken as it is; another estimator or other tensors of the optimizer are captured anew."
+    taken, captured = [], []
+
+    def capture(step):
+        captured.append(1)
+        held = step()
+        return lambda: taken.append("replayed"), held
+
+    config = dataclasses.replace(TINY, switch=1)
+    learner = Learner(config, "rotation-then-ste", 0, CPU)
+    real = learner.take
+    learner.replayed = Replayed(lambda x: taken.append(len(x)) or real(x), capture, warm=2)
+    x = torch.rand(4, 3, TINY.size, TINY.size)
+    learner.begin(0)
+    for _ in range(4): learner.step(x)
+    assert taken == [4, 4, 4, "replayed", "replayed"] and len(captured) == 1          # two to warm up, the capture, two replays
+    learner.step(x[:2])
+    assert taken[-1] == 2
+    learner.begin(0), learner.step(x)
+    assert taken[-1] == "replayed" and len(captured) == 1
+    for change in (lambda: learner.begin(1), lambda: learner.restore(learner.state())):
+        before = len(captured)
+        change()
+        for _ in range(3): learner.step(x)
+        assert taken[-1] == "replayed" and len(captured) == before + 1
 
 
 def test_the_presets_of_the_paper_are_its_table():

@@ -60,7 +60,7 @@ def one_step(learner: Learner, x: torch.Tensor) -> tuple:
     parts = x.split(learner.config.micro_batch or len(x))
     found = [learner.losses(part) for part in parts]
     for p in learner.model.parameters(): p.grad = torch.empty_like(p)
-    learner.update(1e-4)
+    learner.update()
     return found[-1]
 
 
@@ -84,8 +84,8 @@ def test_a_step_waits_for_nothing_and_stays_on_the_gpu(way, estimator):
 def test_the_lookup_stays_in_float32_under_bfloat16(monkeypatch):
     import rotvq.quantizer as quantizer
     seen = []
-    real = quantizer.nearest_code
-    monkeypatch.setattr(quantizer, "nearest_code", lambda z, codes, **options: (seen.append((z.dtype, codes.dtype)), real(z, codes, **options))[1])
+    real = quantizer.at_once
+    monkeypatch.setattr(quantizer, "at_once", lambda z, codes, *options: (seen.append((z.dtype, codes.dtype)), real(z, codes, *options))[1])
     with FakeTensorMode():
         learner = on_cuda(SMALL)
         inside = []

@@ -30,7 +30,7 @@ QUANTIZER = """
 ## The layer {{#quantizer-cpu}}
 
 `python benchmarks/quantizer.py` times a training step (forward, backward to `z`, and the update of the codebook) and a lookup, for N
-vectors of d numbers, normally distributed, and K codes, float32, decay 0.8. `vector_quantize_pytorch` 1.32 has the same settings, with the
+vectors of d numbers, normally distributed, and K codes, float32, decay 0.8. (`rotvq` learns when it is told to, after the gradient; the others in their forward pass.) `vector_quantize_pytorch` 1.32 has the same settings, with the
 rotation trick; "plain" is a layer written from the paper of the VQ-VAE with `torch.cdist` and a one-hot matrix. "Product and argmax" is the
 product of all vectors with all codes, a tile of 2²⁰ scores at a time, and the `argmax` of each row: no gradient, no learning.
 Medians in milliseconds.
@@ -47,29 +47,30 @@ second-level cache where they fit into it).
 The rotation trick, forward and backward. The least that can be done is 4: read g, z and q, write the gradient.
 """
 TRAFFIC_LAYER = """
-A training step of the layer, with the same settings as above. For vectors of up to 64 numbers the lookup of `rotvq` is counted as the one
-kernel that it may be ([taken where it is the faster form](85_gpu.ipynb#which-form-by-measuring); no GPU has run it yet). For longer ones the search
-writes scores, a tile at a time. `vector_quantize_pytorch` makes a one-hot matrix.
+A training step of the layer, with the same settings as above. For vectors of up to 64 numbers it is four kernels: lookup, codes, loss and sums in
+one ([taken where that is the faster form](85_gpu.ipynb#which-form-by-measuring)), both gradients in another, and two that move the codebook. No GPU
+has run them yet. For longer vectors the search writes scores, a tile at a time. `vector_quantize_pytorch` makes a one-hot matrix.
 """
 STEP = """
 ## Share of a training step {{#step-cpu}}
 
 `python benchmarks/step.py` times whole training steps of the VQ-VAE at a preset,
-with several quantizers and with none, where the encoder output goes straight to the decoder. The share is what a step costs more
+with several quantizers (the plain one is that of the table above) and with none, where the encoder output goes straight to the decoder. The share is what a step costs more
 than that.
 """
 TRAINING = """
 ## Pictures per second {{#training-cpu}}
 
 `python benchmarks/training.py` times whole training steps at a preset with the rotation trick, and the same model around
-`VectorQuantize` of `vector_quantize_pytorch` 1.32; and an epoch of batches without a model, ours against `ImageFolder` in a `DataLoader` with a
+`VectorQuantize` of `vector_quantize_pytorch` 1.32, or around the plain layer; and an epoch of batches without a model, ours against `ImageFolder` in a `DataLoader` with a
 process for each core, which decodes every picture in every epoch. Ours decodes once and reads bytes from then on.
 """
 STEPS = """
 ## Two hundred steps {{#steps-{slug}}}
 
-`make gpu-check` takes {count} training steps of the preset `{preset}`, on one batch, as they are and compiled, and looks where the time of
-the device goes. The least is counted from shapes: what the operations of an eager step read and write, at the device's bandwidth. No step
+`make gpu-check` takes {count} training steps of the preset `{preset}`, on one batch, one by one, [replayed as a graph](92_graphs.ipynb) and compiled,
+and looks where the time of the device goes. (`sum` is mostly the gradient of the convolutions' biases, a sum over all positions for each channel, and
+`add_` the addition of those biases, which PyTorch does after cuDNN's convolution.) The least is counted from shapes: what the operations of an eager step read and write, at the device's bandwidth. No step
 was seen to wait for the device, after the tenth (`torch.cuda.set_sync_debug_mode("error")`).
 """
 BARE = "product and argmax"
@@ -97,6 +98,18 @@ def about(held: dict, results: list[dict] | None = None) -> str:
         _, half, most = statistics.quantiles(far, n=4)
         text += f" Quartiles within {half:.1%} of the median in half of the rows, within {most:.0%} in three of four."
     return text + (f" {held['note']}" if "note" in held else "")
+
+
+WIDEST = 1.0                                                             # a quartile from its median; what is above was disturbed
+
+
+def refuse_disturbed(file: str, held) -> None:
+    "Raise where a row of results was measured while the machine did something else."
+    parts = held.values() if isinstance(held, dict) else held if isinstance(held, list) else ()
+    for part in parts: refuse_disturbed(file, part)
+    if not isinstance(held, dict) or "quartiles_s" not in held: return
+    far = max(abs(q / held["median_s"] - 1) for q in held["quartiles_s"])
+    if far > WIDEST: raise SystemExit(f"{file}: a quartile lies {far:.0%} from its median of {1e3 * held['median_s']:.2f} ms. Measure it again on a machine that does nothing else.")
 
 
 def opening(description: str, kind: str, held: dict) -> str:
@@ -196,10 +209,11 @@ def draw_quantizer(held: dict) -> None:
 
     plots.style()
     fig, axes = plt.subplots(2, 3, figsize=(9, 4.6), sharex="col", sharey="row")
-    shown = {"rotvq": plots.COLORS["rotation"], "vector_quantize_pytorch": "0.45", BARE: "0.75"}
+    shown = {"rotvq": plots.COLORS["rotation"], "vector_quantize_pytorch": "0.45", "plain": plots.COLORS["ste"], BARE: "0.75"}
     for column, (axis, shapes) in zip(axes.T, held["curves"].items()):
         x = [shape["shape"]["NdK".index(axis)] for shape in shapes]
         for name, color in shown.items():
+            if name not in shapes[0]["training"]: continue                # a file from before it was measured
             column[0].loglog(x, [1e3 * shape["training"][name]["median_s"] for shape in shapes], "o-", ms=3, color=color, label=name)
             column[1].loglog(x, [shape["training"][name]["peak_bytes"] / 2**20 for shape in shapes], "o-", ms=3, color=color)
         column[1].set(xlabel=axis, xscale="log")
@@ -215,7 +229,7 @@ def draw_quantizer(held: dict) -> None:
 def step(held: dict) -> str:
     "The section of one device."
     none = held["results"]["none"]["median_s"]
-    rows = [[{"none": "no quantizer", "ste": "rotvq, straight-through", "rotation": "rotvq, rotation"}.get(name, name), milli(r),
+    rows = [[{"none": "no quantizer", "ste": "rotvq, straight-through", "rotation": "rotvq, rotation", "plain": "a plain layer of ten lines"}.get(name, name), milli(r),
              "" if name == "none" else f"{1 - none / r['median_s']:.1%}"] for name, r in held["results"].items()]
     where = "Preset `{}` (N = {}, d = {}, K = {}):".format(held["preset"], *held["shape"])
     return "\n".join([opening(STEP, "step", held), where, "", table(["", "a step, ms", "share"], rows), about(held, list(held["results"].values())), ""])
@@ -224,7 +238,7 @@ def step(held: dict) -> str:
 def steps(held: dict) -> str:
     "The section of one GPU: two hundred steps, and where the time of one goes."
     rows = [[title, f"{1e3 * held[key]['seconds a step']:.1f}", f"{held[key]['pictures a second']:,.0f}", f"{held[key]['peak bytes'] / 2**20:,.0f}", f"{held[key]['planned bytes'] / 2**20:,.0f}"]
-            for key, title in (("eager", "as it is"), ("compiled", "compiled")) if key in held]
+            for key, title in (("eager", "as it is"), ("replayed", "replayed as a graph"), ("compiled", "compiled")) if key in held]
     profile, machine = held["profile"], held["machine"]
     shown = [[f"`{row['name']}`", f"{row['ms_a_step']:.2f}", f"{row['calls_a_step']:.0f}"] for row in profile["rows"]]
     least = held["eager"]["least seconds"]                                 # None for a GPU whose rates are not known
@@ -239,12 +253,12 @@ def training(held: dict) -> str:
     "The section of one device."
     data, rows = held["data"], []
     for precision, times in held["steps"].items():
-        ours, theirs = (times[name]["pictures_per_second"] for name in ("rotation", "vector_quantize_pytorch"))
-        rows.append([f"training step, {precision}", f"{ours:.0f}", f"{theirs:.0f}", f"{ours / theirs:.1f}"])
+        ours, theirs, plain = (times[name]["pictures_per_second"] for name in ("rotation", "vector_quantize_pytorch", "plain"))
+        rows.append([f"training step, {precision}", f"{ours:.0f}", f"{theirs:.0f}", f"{ours / theirs:.1f}", f"{plain:.0f}"])
     ours, theirs = (data[name]["pictures_per_second"] for name in ("rotvq", "ImageFolder and DataLoader"))
-    rows.append(["batches, without a model", f"{ours:.0f}", f"{theirs:.0f}", f"{ours / theirs:.1f}"])
+    rows.append(["batches, without a model", f"{ours:.0f}", f"{theirs:.0f}", f"{ours / theirs:.1f}", ""])
     where = f"Preset `{held['preset']}`; decoding took {data['decoding_once_s']:.0f} s, once, for {data['pictures']:,} pictures."
-    return "\n".join([opening(TRAINING, "training", held), where, "", table(["pictures per second", "rotvq", "the other", "ratio"], rows), about(held), ""])
+    return "\n".join([opening(TRAINING, "training", held), where, "", table(["pictures per second", "rotvq", "the other", "ratio", "a plain layer"], rows), about(held), ""])
 
 
 def traffic(held: dict) -> str:
@@ -317,6 +331,7 @@ def page() -> tuple[str, list]:
     for kind, (write, figure) in SECTIONS.items():
         for file in sorted(RESULTS.glob(f"{kind}_*.json")):
             held = json.loads(file.read_text(encoding="utf-8"))
+            refuse_disturbed(file.name, held)
             text += write(held)
             if figure and held.get("curves", True): figures.append((figure, held))
     counted = RESULTS / "traffic.json"

@@ -11,6 +11,7 @@ from rotvq import kernels
 from rotvq.codebook import code_sums_definition, nearest_code
 from rotvq.learning import average_definition
 from rotvq.rotation import pullback
+from rotvq.step import gradient_definition
 from test_estimators import at_angle, draw, explicit, relative_error
 
 BOUND = 6e-7                                                              # seen: 5.1e-7; float32 rounds by 6e-8
@@ -95,9 +96,9 @@ def test_the_checks_at_first_use_pass(d):
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16): assert kernels.pullback_agrees(d, dtype, "cpu")
     for dtype in (torch.float32, torch.float64): assert kernels.differences_agree(d, dtype, "cpu")
     if d <= kernels.LONGEST_SEARCH: assert kernels.search_agrees(d, "cpu")
-    if d <= kernels.LONGEST_LOOKUP: assert kernels.lookup_agrees(d, "cpu")
+    if d <= kernels.LONGEST_LOOKUP: assert kernels.lookup_agrees(d, "cpu") and kernels.quantize_agrees(d, "cpu")
     for dtype in (torch.float32, torch.float64, torch.bfloat16): assert kernels.sums_agree(d, dtype, "cpu")
-    assert kernels.averages_agree(d, "cpu")
+    assert kernels.averages_agree(d, "cpu") and kernels.gradients_agree(d, "cpu")
 
 
 @pytest.mark.parametrize("n, d, K", [(1, 1, 1), (1, 5, 300), (130, 64, 1), (64, 16, 64), (65, 17, 65), (200, 33, 257), (0, 4, 5)])
@@ -146,10 +147,46 @@ def test_a_layer_learns_the_same_by_kernels(monkeypatch):
         torch.manual_seed(0)
         vq = VectorQuantizer(8, 32, estimator="rotation-until-used", channel_first=False)
         for _ in range(6): vq(torch.randn(40, 8))
+        vq(torch.randn(3, 40, 8), torch.rand(3, 40) < 0.7)                # with padding it goes in parts
         vq.learn()
         ends.append([t.clone() for t in (vq.codebook, vq.counts, vq.sums, vq.idle, vq.batches)])
-        if not definitions: assert all(interpreter.used[name] > used[name] for name in ("lookup", "sums", "average"))
+        if not definitions: assert all(interpreter.used[name] > used[name] for name in ("lookup", "sums", "average", "quantize"))
     for a, b in zip(*ends): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("n, d, K", [(1, 1, 1), (130, 3, 40), (700, 8, 33), (65, 64, 100)])
+@pytest.mark.parametrize("far", [0, 100])
+def test_a_step_in_one_kernel(n, d, K, far):
+    "Codes, loss and sums of the indices that it finds; of NaN, too. The ticket is 0 again, and many programs leave one loss."
+    gen = torch.Generator().manual_seed(n)
+    z, codes = (torch.randn(m, d, generator=gen) + far for m in (n, K))
+    exact = torch.cdist(z.double(), codes.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    sums, ticket = torch.zeros(K, d + 1, dtype=torch.float64), torch.zeros((), dtype=torch.int32)
+    for times in (1, 2):
+        value, q, indices, loss = kernels.launch_quantize(z, codes, 0.25, sums, ticket)
+        assert (exact.gather(1, indices[:, None])[:, 0] <= exact.amin(1) * (1 + 1e-5) + 1e-5).all()
+        assert torch.equal(value, codes[indices]) and torch.equal(q, value) and value.data_ptr() != q.data_ptr() and ticket == 0
+        torch.testing.assert_close(loss, 0.25 * (z - q).square().mean())
+        torch.testing.assert_close(sums, times * code_sums_definition(z.double(), indices, K))
+    assert torch.equal(kernels.launch_quantize(z, codes, 0.25, None, None)[2], indices)
+    z[n // 2, 0] = torch.nan
+    value, _, indices, loss = kernels.launch_quantize(z, codes, 0.25, sums, ticket)
+    assert loss.isnan() and value.isfinite().all() and sums.isnan().any()
+
+
+@pytest.mark.parametrize("d", [1, 2, 8, 33, 300])
+@pytest.mark.parametrize("turns, mirror", [(True, False), (True, True), (False, False)])
+def test_both_gradients_in_one_kernel(d, turns, mirror):
+    z, q, g = draw(d, 50, d)
+    z[3], q[4], g_loss = 0, 0, torch.tensor(-3.0)
+    for weight in (None, torch.tensor(0.4).expand(50), torch.tensor(0.0).expand(50)) if turns else (None,):
+        args = g.double(), g_loss.double(), z.double(), q.double(), weight, turns, mirror, 50.0 * d
+        right, turned = gradient_definition(*args), gradient_definition(*args[:-1], 0.0)
+        size = turned.norm(dim=1) + (right - turned).norm(dim=1)          # a sum of two, which may nearly cancel
+        off = (kernels.launch_gradient(g, g_loss, z, q, weight, turns, mirror, 50.0 * d).double() - right).norm(dim=1)
+        assert (off <= 2e-6 * size).all()
+    nothing = kernels.launch_gradient(g, 0 * g_loss, z, q, None, turns, mirror, 1.0)
+    assert torch.equal(nothing, kernels.launch_pullback(g, z, q, None, mirror) if turns else g)
 
 
 @pytest.mark.parametrize("d", [3, 8, 70])
