@@ -67,6 +67,32 @@ def test_a_layer_step_is_few_launches_and_few_calls_of_the_host():
     assert calls.count <= 8
 
 
+@pytest.mark.parametrize("options", [{}, {"estimator": "rotation-until-used"}, {"revive_after": "auto"}, {"skip": 0.5}, {"learnable": True}, {"distance": "cosine"}])
+def test_a_step_can_be_replayed(options):
+    "What a CUDA graph asks of it: every tensor stays where it lies, and Python keeps nothing that differs from step to step."
+    import torch
+
+    from rotvq import VectorQuantizer
+    vq = VectorQuantizer(8, 32, channel_first=False, **options)
+    vq.learn()
+    z = torch.randn(100, 8, requires_grad=True)
+
+    def step():
+        q, _, loss = vq(z)
+        (q.square().mean() + loss).backward()
+        vq.learn()
+
+    def kept(module) -> dict:
+        tensors = {name: t.data_ptr() for name, t in (*module.named_parameters(), *module.named_buffers(), *module.book.collected.items())}
+        plain = {f"{part}.{name}": repr(value) for part in (module, module.book) for name, value in vars(part).items() if isinstance(value, (int, float, str, bool, list, type(None)))}
+        return tensors | plain
+
+    for _ in range(11): step()                                            # the layer looks at λ at its tenth batch
+    before = kept(vq)
+    for _ in range(3): step()
+    assert kept(vq) == before and {"codes", "sums", "ticket", "drawn"} <= {name.split(".")[-1] for name in before}
+
+
 def test_the_page_is_up_to_date():
     "The counts do not depend on the machine; compiled graphs may change with PyTorch and are left out."
     held = json.loads((ROOT / "nbs" / "results" / "traffic.json").read_text(encoding="utf-8"))
