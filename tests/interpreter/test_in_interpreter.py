@@ -146,11 +146,15 @@ def test_a_layer_learns_the_same_by_kernels(monkeypatch):
         monkeypatch.setattr(interpreter, "DEFINITIONS_ONLY", definitions)
         torch.manual_seed(0)
         vq = VectorQuantizer(8, 32, estimator="rotation-until-used", channel_first=False)
-        for _ in range(6): vq(torch.randn(40, 8))
+        grads = []
+        for _ in range(6):
+            z = torch.randn(40, 8, requires_grad=True)
+            q, _, loss = vq(z)
+            grads += torch.autograd.grad((q.square().sum() + loss), z)
         vq(torch.randn(3, 40, 8), torch.rand(3, 40) < 0.7)                # with padding it goes in parts
         vq.learn()
-        ends.append([t.clone() for t in (vq.codebook, vq.counts, vq.sums, vq.idle, vq.batches)])
-        if not definitions: assert all(interpreter.used[name] > used[name] for name in ("lookup", "sums", "average", "quantize"))
+        ends.append([*grads, *(t.clone() for t in (vq.codebook, vq.counts, vq.sums, vq.idle, vq.batches))])
+        if not definitions: assert all(interpreter.used[name] > used[name] for name in ("lookup", "sums", "average", "quantize", "gradient"))
     for a, b in zip(*ends): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
