@@ -7,6 +7,7 @@ __all__ = ['TOY', 'crops', 'Moment', 'watching', 'Trial', 'trial', 'gradient_at_
            'length_only', 'away_from_line', 'random_direction']
 
 # %% ../nbs/13_bench.ipynb #1e7650ab
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -108,6 +109,8 @@ def trial(
     "Train a model from the start and measure it after every epoch."
     train, val = pictures or (crops("train"), crops("val"))
     device = best_device() if device is None else torch.device(device)
+    if watch:  # in a replayed graph no Python runs
+        config = dataclasses.replace(config, replay=False)
     learner = Learner(config, estimator, seed, device, change)
     per_epoch, rows, step = len(train) // config.batch, [], 0
     for epoch in range(config.epochs):

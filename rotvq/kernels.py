@@ -1020,7 +1020,8 @@ def quantize_on_gpu(
     forms = {"in parts": parts, "one kernel": whole}
     scratch = lambda: None if sums is None else torch.zeros_like(sums)
     timed = {name: lambda form=form: form(scratch()) for name, form in forms.items()}
-    return forms[faster(question("step", n, d, K, z.device), timed, z.device)](sums)
+    what = "lookup with codes" if sums is None else "step"
+    return forms[faster(question(what, n, d, K, z.device), timed, z.device)](sums)
 
 
 @gradient.register_kernel("cuda")

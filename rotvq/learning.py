@@ -387,7 +387,7 @@ class Codebook(nn.Module):
     def discard(self) -> None:
         "Forget what was collected."
         self._pending = False
-        for name in self.collected.keys() & {"sums", "drawn"}:  # that says for `rows`
+        for name in self.collected.keys() - {"rows", "batches"}:  # as `drawn` says
             self.collected[name].zero_()
 
     def make_room(self) -> None:
@@ -568,13 +568,15 @@ class Codebook(nn.Module):
     def _apply(self, fn, recurse=True):
         self.catch_up()
         super()._apply(apply_exactly(self, fn, EXACT), recurse)
+        device = self.counts.device
+        dtypes = {"sums": summing_dtype(device), "rows": self.counts.dtype}
         for name, total in self.collected.items():
-            if total.is_floating_point():  # Apple's GPUs have no float64
-                total = fn(total.to(self.counts.dtype)).to(self.counts.dtype)
-                wide = summing_dtype(total.device) if name == "sums" else total.dtype
-                self.collected[name] = total.to(wide)
-            else:
-                self.collected[name] = fn(total)
+            dtype = dtypes.get(name, total.dtype)
+            if total.is_meta and device.type != "meta":  # holds nothing
+                empty = torch.zeros(total.shape, dtype=dtype, device=device)
+                self.collected[name] = empty
+            else:  # the same tensor where nothing changes: a graph may know it
+                self.collected[name] = total.to(device, dtype)
         return self
 
     def train(self, mode: bool = True):

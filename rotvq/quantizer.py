@@ -323,8 +323,9 @@ class VectorQuantizer(nn.Module):
             return False
         if self.estimator_name not in KINDS or self.book.is_trained():
             return False
-        number = isinstance(self.commitment, (int, float))
-        return number and rows.vectors.device == codes.device
+        number, sums = isinstance(self.commitment, (int, float)), self.book.collected
+        here = {x.device for x in (rows.vectors, codes, *sums.values())}
+        return number and len(here) == 1
 
     def _at_once(self, rows: Rows, codes: Tensor, learning: bool) -> tuple:
         "The same as `_in_parts`, by two operators: `rotvq.step`."

@@ -143,7 +143,7 @@ PRESETS = {
         Config("smoke", **_smoke, limit=128),
         Config("study", size=32, width=32, dim=16, codebook_size=512, epochs=10),
         Config("cpu"),
-        Config("cuda", **_cuda, schedule="cosine", precision="bfloat16", replay=True),
+        Config("cuda", **_cuda, schedule="cosine", precision="bfloat16"),
         Config("paper-f8", **_f8),
         Config("paper-f8-cosine", **(_f8 | _cosine)),
         Config("paper-f4", **_f4),
@@ -391,7 +391,8 @@ class Learner:
     def begin(self, epoch: int) -> None:
         "Training mode, and the estimator of this epoch."
         estimator = self.estimators[-1 if epoch >= self.config.switch else 0]
-        if self.replayed and self.model.quantizer.estimator != estimator:
+        before = getattr(self.model.quantizer, "estimator", None)
+        if self.replayed and before != estimator:
             self.replayed.forget()
         for model in (self.model.train(), self.trained):
             model.quantizer.estimator = estimator

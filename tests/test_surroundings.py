@@ -331,3 +331,24 @@ def test_revival_goes_on_as_it_would_have_whatever_the_random_generator_does():
         torch.manual_seed(seed)
         for k in range(4, 8): net(torch.randn(20, 8, generator=torch.Generator().manual_seed(k)))
     assert same(state_of(a), state_of(b)) and a.batches == 8
+
+
+def test_what_is_collected_stays_where_it_lies_and_is_fresh_after_the_meta_device():
+    "A captured graph knows the addresses; a kernel counts its programs in `ticket`."
+    vq = VectorQuantizer(4, 8, channel_first=False)
+    vq.learn()
+    vq(torch.randn(20, 4))
+    before = {name: (t.data_ptr(), t.clone()) for name, t in vq.book.collected.items()}
+    vq.to("cpu"), vq.to(torch.float32), vq.half(), vq.float()
+    for name, t in vq.book.collected.items(): assert t.data_ptr() == before[name][0] and torch.equal(t, before[name][1])
+    vq.double()
+    assert vq.book.collected["sums"].dtype == torch.float64
+    with torch.device("meta"): empty = VectorQuantizer(4, 8, channel_first=False)
+    empty.learn()
+    empty(torch.randn(20, 4, device="meta"))
+    empty.to_empty(device="cpu")
+    assert not any(t.any() for t in empty.book.collected.values())
+    empty.load_state_dict(vq.float().state_dict())
+    vq.discard(), empty.discard()
+    for net in (vq, empty): net(torch.ones(3, 4)), net.learn()
+    assert torch.equal(vq.codebook, empty.codebook)
