@@ -35,9 +35,9 @@ from .distributed import all_reduce_sum, first_before_others, from_first
 from .distributed import launched, rank_of, world_size
 from .graphs import Replayed
 from .metrics import psnr, quantization_error
-from .learning import learn_after
+from .learning import Codebook, learn_after
 from .model import VQVAE, replacing
-from .quantizer import ESTIMATORS, Estimator, VectorQuantizer
+from .quantizer import ESTIMATORS, Estimator
 from .runs import Requests, Stopped, alone_in, check_folder, load_state
 from .runs import record, states_of, write_atomically, write_state
 
@@ -315,8 +315,8 @@ class Learner:
         how |= {"betas": (0.9, 0.99), "weight_decay": config.weight_decay}
         self.opt = torch.optim.AdamW(model.parameters(), lr, **how)
         self.replayed = Replayed(self.take) if replays else None
-        if isinstance(model.quantizer, VectorQuantizer):  # a change may leave another
-            learn_after(self.model, self.opt)
+        if any(isinstance(part, Codebook) for part in model.modules()):
+            learn_after(self.model, self.opt)  # a change may leave none
         self.average = copy.deepcopy(self.model) if config.ema else None
         self.updates = 0  # of the average
         self.net: nn.Module = model  # what a step calls
