@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Estimator', 'ESTIMATORS', 'TITLES', 'T', 'REDUCTIONS', 'Quantized', 'function_of', 'title_of', 'name_of', 'Diagnosis',
-           'OfBook', 'mean_square', 'quantization_loss', 'takes_weight', 'with_gradient', 'skips', 'VectorQuantizer']
+           'OfBook', 'mean_square', 'quantization_loss', 'takes_weight', 'with_gradient', 'drawn', 'of_vectors',
+           'skips', 'VectorQuantizer']
 
 # %% ../nbs/08_quantizer.ipynb #d2c7178b
 import inspect
@@ -187,22 +188,30 @@ def with_gradient(
 
 
 # %% ../nbs/08_quantizer.ipynb #e80892df
-def skips(
+def drawn(
     rows: Rows,  # of a batch of samples, the first dimension of its shape
-    share: Tensor | float,  # of the samples
     seed: Tensor,  # int64 scalar
-) -> Tensor:  # `(N,)` bool
-    """Which samples pass by the lookup: as if by chance, but decided by `seed` and by
-    the sample's own numbers. Where these come out the same to the last bit, a repeated
-    forward pass, another process and another part of the batch decide alike, and
-    nothing is to be saved for a run that goes on."""
-    share = torch.as_tensor(share).float()  # in half precision 2³¹ is infinite
+) -> Tensor:  # one for each sample, int64
+    """Numbers in [0, 2³¹ − 1), as if by chance, but decided by `seed` and by the
+    sample's own numbers. Where these come out the same to the last bit, a repeated
+    forward pass, another process and another part of the batch draw alike, and nothing
+    is to be saved for a run that goes on."""
     bits = rows.vectors.detach().float().view(torch.int32).long()
     bits = bits.sum(1).reshape(rows.shape)
     bits = bits.flatten(1).sum(1) if bits.ndim > 1 else bits
-    chosen = scrambled(bits + scrambled(seed)) < share * (2**31 - 1)
-    chosen = chosen.reshape(chosen.shape + (1,) * (len(rows.shape) - chosen.ndim))
-    return chosen.expand(rows.shape).reshape(-1)
+    return scrambled(bits + scrambled(seed))
+
+
+def of_vectors(rows: Rows, x: Tensor) -> Tensor:
+    "What is there for each sample, for each of its vectors: `(N,)`."
+    x = x.reshape(x.shape + (1,) * (len(rows.shape) - x.ndim))
+    return x.expand(rows.shape).reshape(-1)
+
+
+def skips(rows: Rows, share: Tensor | float, seed: Tensor) -> Tensor:
+    "Which samples, a `share` of them, pass by the lookup: `(N,)` bool."
+    share = torch.as_tensor(share).float()  # in half precision 2³¹ is infinite
+    return of_vectors(rows, drawn(rows, seed) < share * (2**31 - 1))
 
 
 # %% ../nbs/08_quantizer.ipynb #0d944ac8

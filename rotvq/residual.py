@@ -17,7 +17,7 @@ from .codebook import exact_dtype
 from .distributed import scrambled
 from .layout import Rows
 from .quantizer import Diagnosis, Estimator, Quantized, VectorQuantizer
-from .quantizer import REDUCTIONS, takes_weight, with_gradient
+from .quantizer import REDUCTIONS, drawn, of_vectors, with_gradient
 
 # %% ../nbs/18_residual.ipynb #18a00008
 def levels_of(
@@ -28,15 +28,10 @@ def levels_of(
     seed: Tensor,  # int64 scalar
 ) -> Tensor:  # `(N,)` int64
     """How many levels each vector goes through, the same for all of a sample: as if by
-    chance, but decided by `seed` and by the sample's own numbers, as in `skips`."""
-    bits = rows.vectors.detach().float().view(torch.int32).long()
-    bits = bits.sum(1).reshape(rows.shape)
-    bits = bits.flatten(1).sum(1) if bits.ndim > 1 else bits
-    first = scrambled(bits + scrambled(seed))
+    chance, as in `skips`."""
+    first = drawn(rows, seed)
     some = least + scrambled(first + 1) % (levels - least + 1)
-    chosen = torch.where(first < share * (2**31 - 1), some, levels)
-    chosen = chosen.reshape(chosen.shape + (1,) * (len(rows.shape) - chosen.ndim))
-    return chosen.expand(rows.shape).reshape(-1)
+    return of_vectors(rows, torch.where(first < share * (2**31 - 1), some, levels))
 
 # %% ../nbs/18_residual.ipynb #18a00009
 SHARED = (
@@ -344,6 +339,7 @@ def _linear(maps: nn.ModuleList, level: int, x: Tensor, held: bool) -> Tensor:
     if not len(maps):
         return x
     layer = maps[level if len(maps) > 1 else 0]
+    x = x.to(layer.weight.dtype)  # the codes stay in float32 in a model of bfloat16
     if not held:
         return layer(x)
     bias = None if layer.bias is None else layer.bias.detach()

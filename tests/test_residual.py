@@ -170,6 +170,10 @@ def test_compiled_copied_saved_and_in_half_precision(form):
         q, indices, loss = vq(z.bfloat16())
         assert q.dtype == torch.bfloat16 and loss.dtype == torch.float32
     assert_close(q.float(), vq.decode(indices), rtol=2e-2, atol=2e-2)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):          # the whole model
+        q, indices, loss = vq.to(dtype)(z.to(dtype))
+        assert q.dtype == dtype and torch.equal(vq.encode(z.to(dtype)), indices) and loss.dtype.itemsize >= 4
+        assert_close(q, vq.decode(indices), rtol=2e-2, atol=2e-2, check_dtype=False)
 
 
 def test_against_an_independent_implementation():
