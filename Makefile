@@ -14,7 +14,7 @@ help:
 	@echo "make train              train straight-through and rotation side by side on ImageNet-10, print the table"
 	@echo "make test               all notebooks and tests"
 	@echo "make test-site          the rendered site, page by page, in Chromium (needs Quarto)"
-	@echo "make test-integrations  ONNX, Lightning, accelerate, diffusers, transformers (installs them into .venv)"
+	@echo "make test-integrations  ONNX, Lightning, accelerate, diffusers, transformers, encodec (installs them into .venv)"
 	@echo "make test-peer          the own tests of vector_quantize_pytorch with this layer in the place of theirs (fetches them)"
 	@echo "make test-oldest        the tests of the package with the oldest versions that settings.ini allows"
 	@echo "make gpu-check          on a machine with a GPU, five minutes: tests, benchmarks, steps, the start of the full run, into gpu-check/"

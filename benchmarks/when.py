@@ -54,7 +54,7 @@ class SetUp(NamedTuple):
     estimators: tuple[str, ...] = BOTH
 
 
-SIM = quantized_by(lambda vq: SimVQ(vq.dim, vq.codebook_size, vq.estimator, vq.commitment))
+SIM = quantized_by(lambda vq: SimVQ(vq.dim, vq.codebook_size, estimator=vq.estimator, commitment=vq.commitment, channel_first=True))
 KMEANS, REVIVAL = {"init": "kmeans"}, {"revive_after": 50}
 SETUPS = {
     "plain": SetUp({}, estimators=(*BOTH, "rotation-then-ste")),

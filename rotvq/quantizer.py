@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['Estimator', 'ESTIMATORS', 'TITLES', 'T', 'REDUCTIONS', 'Quantized', 'function_of', 'title_of', 'name_of', 'Diagnosis',
            'OfBook', 'mean_square', 'quantization_loss', 'takes_weight', 'with_gradient', 'drawn', 'of_vectors',
-           'skips', 'VectorQuantizer']
+           'skips', 'check_heads', 'VectorQuantizer']
 
 # %% ../nbs/08_quantizer.ipynb #d2c7178b
 import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, NoReturn
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +22,9 @@ from torch import Tensor, nn
 from .codebook import code_counts, exact_dtype, nearest_code, perplexity, usage
 from .distributed import scrambled
 from .householder import unit
-from .layout import Rows
+from .layout import Rows, down_and_up, project
 from .learning import Codebook, check_options, rotation_until_used
+from .names import refuse
 from .reflection import reflection_trick
 from .rotation import held_map, rotation_trick, warn_about_lambda
 from .ste import straight_through
@@ -214,6 +216,18 @@ def skips(rows: Rows, share: Tensor | float, seed: Tensor) -> Tensor:
     return of_vectors(rows, drawn(rows, seed) < share * (2**31 - 1))
 
 
+# %% ../nbs/08_quantizer.ipynb #08c00001
+def check_heads(dim: int, codebook_dim: int | None, heads: int) -> None:
+    "Raise `ValueError` where these make no layer."
+    if heads > 1 and codebook_dim is None:
+        raise ValueError(
+            f"heads = {heads} need codebook_dim, the numbers of each: dim // heads = "
+            f"{dim // heads} where they are the parts of z, fewer with projections."
+        )
+    for name, value in dict(dim=dim, codebook_dim=codebook_dim, heads=heads).items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} = {value} must be at least 1.")
+
 # %% ../nbs/08_quantizer.ipynb #0d944ac8
 class VectorQuantizer(nn.Module):
     """Each vector by its nearest code, a gradient of your choice, a learning codebook.
@@ -233,7 +247,8 @@ class VectorQuantizer(nn.Module):
     waited = OfBook[Tensor]()  # or placed
     batches = OfBook[Tensor]()  # that were learned from
     salt, ready = OfBook[Tensor](), OfBook[Tensor]()
-    dim, codebook_size = OfBook[int](fixed=True), OfBook[int](fixed=True)
+    codebook_dim = OfBook[int]("dim", fixed=True)
+    codebook_size = OfBook[int](fixed=True)
     distance, init = OfBook[str](fixed=True), OfBook[str](fixed=True)
     learnable = OfBook[bool](fixed=True)
     frozen, sync = OfBook[bool](), OfBook[bool]()
@@ -249,7 +264,10 @@ class VectorQuantizer(nn.Module):
         codebook_size: int,  # K
         *,
         estimator: str | Estimator = "rotation",  # another name, or any (z, q) -> q
-        distance: str = "euclidean",  # or "cosine"
+        codebook_dim: int | None = None,  # of a code; with projections where not d
+        heads: int = 1,  # parts of a vector, each with a code of the same codebook
+        projection_bias: bool = True,
+        distance: str = "euclidean",  # or "cosine"; "angle": that, and codes as long
         learnable: bool = False,  # the codebook is a parameter with a codebook loss
         decay: float = 0.8,  # of the running averages, in [0, 1)
         commitment: float = 1.0,  # β ≥ 0
@@ -264,10 +282,14 @@ class VectorQuantizer(nn.Module):
         skip: float = 0.0,  # share of the samples that pass by the lookup in training
         channel_first: bool | None = None,  # input `(B, d, ...)`; `None`: by its shape
         sync: bool = True,  # all processes learn; else DDP(broadcast_buffers=False)
+        **other: NoReturn,  # another library's argument is refused with ours
     ):
         super().__init__()
+        refuse(other, self.options_there_are(), "VectorQuantizer")
+        check_heads(dim, codebook_dim, heads)
+        self._dim, self.heads, self.projection_bias = dim, heads, projection_bias
         self.book = Codebook(
-            dim,
+            codebook_dim or dim,
             codebook_size,
             distance=distance,
             learnable=learnable,
@@ -280,6 +302,8 @@ class VectorQuantizer(nn.Module):
             skip=skip,
             sync=sync,
         )
+        inner = heads * self.book.dim
+        self.project_in, self.project_out = down_and_up(dim, inner, projection_bias)
         weights = {"commitment": commitment, "codebook_weight": codebook_weight}
         for name, weight in weights.items():
             if not weight >= 0:
@@ -295,10 +319,13 @@ class VectorQuantizer(nn.Module):
         self,
         z: Tensor,  # `(..., d)` or `(B, d, ...)`
         mask: Tensor | None = None,  # bool, as `z` without channels; False is padding
-    ) -> Quantized:
+        **other: NoReturn,
+    ) -> Quantized:  # with several heads, the indices are `(..., heads)`
         """Quantize `z`; in training also collect what the codes learn from. Raises
         `TypeError` or `ValueError` where `z` does not fit."""
-        rows, book = self._rows(z, mask), self.book
+        refuse(other, ("z", "mask"), "VectorQuantizer.forward")
+        outer, book = self._outer(z, mask), self.book
+        rows = self._inner(outer)
         learning = book.is_learning()
         codes = book.enter(rows, learning, takes_weight(self.estimator))
         quantize = self._at_once if self._fits_at_once(rows, codes) else self._in_parts
@@ -306,7 +333,8 @@ class VectorQuantizer(nn.Module):
         if self.training:
             self._watch_lambda(rows.vectors, out)
             out = self._skip(rows, out) if book.skips else out
-        return Quantized(rows.restore_layout(out), indices.reshape(rows.shape), loss)
+        q = project(self.project_out, self._join(out))
+        return Quantized(outer.restore_layout(q), indices.reshape(rows.shape), loss)
 
     if TYPE_CHECKING:
 
@@ -379,13 +407,27 @@ class VectorQuantizer(nn.Module):
         "Perplexity of the running counts, which start even: K before training."
         return self.book.perplexity()
 
-    def _rows(self, z: Tensor, mask: Tensor | None) -> Rows:
-        "Vectors in at least float32, of length 1 for the cosine."
+    def _outer(self, z: Tensor, mask: Tensor | None) -> Rows:
+        "Vectors as they come, in at least float32."
         dtype = exact_dtype(self.book.codes)
-        rows = Rows.of(z, self.book.dim, mask, self.channel_first, dtype)
+        return Rows.of(z, self.dim, mask, self.channel_first, dtype)
+
+    def _inner(self, rows: Rows) -> Rows:
+        "What is looked up: projected, cut into heads, of length 1 for the cosine."
+        if self.project_in is not None:
+            p = project(self.project_in, rows.vectors).to(rows.vectors.dtype)
+            rows = rows.with_vectors(rows.fill(p, 0))
+        rows = rows.split(self.heads)
         if self.book.distance == "cosine":
             return rows.with_vectors(unit(rows.vectors))
         return rows
+
+    def _rows(self, z: Tensor, mask: Tensor | None) -> Rows:
+        return self._inner(self._outer(z, mask))
+
+    def _join(self, q: Tensor) -> Tensor:
+        "The heads of each vector beside each other again, `(N, heads * codebook_dim)`."
+        return q if self.heads == 1 else q.reshape(-1, self.heads * q.shape[-1])
 
     def encode(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
         "Indices of the nearest codes, −1 where the mask is False; changes nothing."
@@ -395,9 +437,9 @@ class VectorQuantizer(nn.Module):
         indices = nearest_code(rows.vectors, self.book(), distance=self.book.distance)
         return rows.fill(indices, -1).reshape(rows.shape)
 
-    def decode(self, indices: Tensor) -> Tensor:
-        """Codes of integer `indices`: `(..., d)`, or `(B, d, ...)` with
-        `channel_first=True`; 0 for negative ones."""
+    def codes(self, indices: Tensor) -> Tensor:
+        """Codes of integer `indices`, `(..., codebook_dim)`; of several heads beside
+        each other, `(..., heads * codebook_dim)`; 0 for negative ones."""
         if not isinstance(indices, Tensor):
             raise TypeError(
                 f"indices are a {type(indices).__name__}; make a tensor of them: "
@@ -408,11 +450,28 @@ class VectorQuantizer(nn.Module):
                 f"indices are {indices.dtype}; they must be integers. "
                 "Convert with .long()."
             )
+        if self.heads > 1 and indices.shape[-1:] != (self.heads,):
+            raise ValueError(
+                f"indices have shape {tuple(indices.shape)}; the last dimension must "
+                f"be heads = {self.heads}."
+            )
         self.book.catch_up()
         indices = indices.long()
         q = self.book()[indices.clamp_min(0)]
         q = torch.where(indices[..., None] < 0, 0, q).to(self.book.codes.dtype)
+        return q.flatten(-2) if self.heads > 1 else q
+
+    def decode(self, indices: Tensor) -> Tensor:
+        """What `forward` gives for integer `indices`: `(..., d)`, or `(B, d, ...)` with
+        `channel_first=True`; 0 for negative ones."""
+        q = self.codes(indices)
+        if self.project_out is not None:
+            first = indices if self.heads == 1 else indices[..., 0]
+            q = torch.where(first[..., None] < 0, 0, project(self.project_out, q))
         return rearrange(q, "b ... d -> b d ...") if self.channel_first else q
+
+    # as other libraries call them
+    get_codes_from_indices, get_output_from_indices = codes, decode
 
     @torch.no_grad()
     def kmeans_init(
@@ -463,19 +522,32 @@ class VectorQuantizer(nn.Module):
             warn_about_lambda(z.detach(), q.detach(), "training batch 10", stacklevel=6)
 
     @property
+    def dim(self) -> int:
+        "Channels of the input."
+        return self._dim
+
+    @property
     def estimator_name(self) -> str:
         return name_of(self.estimator)
 
     def __repr__(self) -> str:
         return f"VectorQuantizer({self.extra_repr()})"
 
+    @staticmethod
+    def options_there_are() -> dict[str, Any]:
+        "The optional arguments of such a layer, with their defaults."
+        parameters = inspect.signature(VectorQuantizer).parameters.items()
+        return {name: p.default for name, p in parameters if p.default is not p.empty}
+
     def options(self, every: bool = False) -> dict:
         "The arguments of such a layer, those that are not the default or `every` one."
         arguments = {"estimator": self.estimator_name}
-        for name, p in inspect.signature(VectorQuantizer).parameters.items():
-            if p.default is not p.empty and name != "estimator":
+        for name, default in self.options_there_are().items():
+            if name != "estimator":
                 value = getattr(self, name)
-                arguments |= {name: value} if every or value != p.default else {}
+                if name == "codebook_dim" and self.heads == 1 and value == self.dim:
+                    value = None
+                arguments |= {name: value} if every or value != default else {}
         return arguments
 
     def extra_repr(self) -> str:

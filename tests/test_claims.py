@@ -83,10 +83,11 @@ def test_summary_counts_the_verdicts():
 
 def test_every_check_is_on_the_page():
     missing = set(labelled()) - set(re.findall(r"`(check-[^`]+)`", PAGE))
-    no_claims_of_a_source = {"check-transpose", "check-normal", "check-missing-lambda", "check-normalized-twice", "check-residual",
+    no_claims_of_a_source = {"check-transpose", "check-normal", "check-missing-lambda", "check-normalized-twice",
                             "check-proposals", "check-bench", "check-pile", "check-decoder-scale", "check-swing", "check-forces", "check-late",
                             "check-clouds", "check-parts", "check-same-sequence", "check-larger-beta", "check-codes-move", "check-sampled", "check-commitment",
                             "check-decay", "check-residual-levels", "check-nothing-before", "check-optimizers", "check-better-start",
                             "check-three-lines", "check-lanes", "check-on-a-gpu", "check-weight", "check-skip", "check-drift", "check-half", "check-cloud", "check-rivals", "check-weights",
-                            "check-dac", "check-residual-jacobian", "check-residual-reaches", "check-fewer-levels"}
+                            "check-dac", "check-residual-jacobian", "check-residual-reaches", "check-fewer-levels", "check-heads",
+                            "check-simvq-layer", "check-all-move"}
     assert not missing - no_claims_of_a_source, missing

@@ -9,7 +9,7 @@ from torch import nn
 from torch.export import Dim, export, save
 from torch.testing import assert_close
 
-from rotvq import VQVAE, VectorQuantizer
+from rotvq import FSQ, VQVAE, ProductVQ, ResidualVQ, SimVQ, VectorQuantizer
 from rotvq.codebook import TELLS_EXPORTS
 
 
@@ -87,6 +87,26 @@ def test_the_layer_alone_on_sequences(options):
     made = export(layer, (torch.randn(4, 6, 8),), dynamic_shapes=({0: B, 1: H},), strict=False)
     z = torch.randn(3, 8, 8)
     assert_close(tuple(made.module()(z)), tuple(layer(z)))
+
+
+FAMILY = {
+    "heads": lambda: VectorQuantizer(8, 32, codebook_dim=3, heads=2, channel_first=False), "by angle": lambda: VectorQuantizer(8, 32, distance="angle", channel_first=False),
+    "parts": lambda: ProductVQ(8, 32, 2, channel_first=False), "stack": lambda: ResidualVQ(8, 32, 3, channel_first=False),
+    "stack, projections": lambda: ResidualVQ(8, 32, 3, codebook_dim=3, projection="each", channel_first=False),
+    "stack of heads": lambda: ResidualVQ(8, 32, 3, codebook_dim=3, heads=2, shared_codebook=True, channel_first=False),
+    "FSQ": lambda: FSQ((5, 4), 8, channel_first=False), "SimVQ": lambda: SimVQ(8, 32, channel_first=False)}
+
+
+@pytest.mark.parametrize("strict", STRICT)
+@pytest.mark.parametrize("name", FAMILY)
+def test_the_family_goes_elsewhere_whole_and_in_halves(name, strict):
+    torch.manual_seed(0)
+    layer, z = FAMILY[name]().eval(), torch.randn(3, 8, 8)
+    sequences = {0: B, 1: H}
+    for way, x, more in (("forward", torch.randn(4, 6, 8), z), ("encode", torch.randn(4, 6, 8), z), ("decode", layer.encode(torch.randn(4, 6, 8)), layer.encode(z))):
+        made = export(Part(layer, way), (x,), dynamic_shapes=(sequences,), strict=strict)
+        assert not [node for node in made.graph.nodes if "rotvq" in str(node.target)]
+        assert_close(made.module()(more), Part(layer, way)(more), rtol=1e-4, atol=1e-5)
 
 
 def test_a_layer_that_learns_is_not_exported():

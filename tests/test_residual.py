@@ -10,7 +10,7 @@ from vector_quantize_pytorch import ResidualVQ as Theirs
 
 from rotvq import ResidualVQ, learn_after, rotation_trick, straight_through
 
-FORMS = [{}, {"codebook_dim": 3}, *({"codebook_dim": 3, "projection": "each", "gradient": gradient} for gradient in ("held", "levels", "direct"))]
+FORMS = [{}, {"codebook_dim": 3}, *({"codebook_dim": 3, "projection": "each", "gradient": gradient} for gradient in ("through", "held", "levels", "direct"))]
 WAYS = ["ste", "rotation", "rotation-until-used", "reflection", lambda z, q: q + 0 * z]
 
 
@@ -20,9 +20,9 @@ def stack(dim=6, size=10, levels=3, **options) -> ResidualVQ:
 
 
 @pytest.mark.parametrize("options, named", [
-    ({"codebook_size": [4, 5]}, "2 numbers for 3 levels"), ({"num_quantizers": 0}, "num_quantizers = 0"), ({"projection": "both"}, "projection is 'both'"),
+    ({"codebook_size": [4, 5]}, "2 numbers for 3 levels"), ({"num_quantizers": 0}, "num_quantizers = 0"), ({"num_quantizers": None}, "num_quantizers = None"), ({"projection": "both"}, "projection is 'both'"),
     ({"gradient": "sum"}, "gradient is 'sum'"), ({"reduction": "sum"}, "reduction is 'sum'"), ({"quantizer_dropout": 1.5}, "quantizer_dropout = 1.5"),
-    ({"min_quantizers": 4}, "min_quantizers = 4"), ({"shared_codebook": True, "codebook_size": [4, 5, 6]}, "one size"), ({"decay": 2}, "decay = 2")])
+    ({"min_quantizers": 4}, "min_quantizers = 4"), ({"shared_codebook": True, "codebook_size": [4, 5, 6]}, "shared codebook"), ({"codebook_dim": [2, 3, 3]}, "codebook_dim = .2, 3, 3."), ({"heads": 2}, "heads = 2 need codebook_dim"), ({"skip": -1}, "skip = -1"), ({"decay": 2}, "decay = 2")])
 def test_what_makes_no_stack_is_refused(options, named):
     with pytest.raises(ValueError, match=named): ResidualVQ(**{"dim": 4, "codebook_size": 8, "num_quantizers": 3} | options)
 

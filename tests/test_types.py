@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PUBLIC = ["codebook", "ste", "householder", "rotation", "reflection", "learning", "quantizer", "layout", "surroundings", "convert", "model"]
+PUBLIC = ["codebook", "ste", "householder", "rotation", "reflection", "learning", "quantizer", "layout", "surroundings", "convert", "model", "names", "relatives", "residual"]
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="mypy is a tool of development")
 
