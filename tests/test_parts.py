@@ -132,7 +132,7 @@ def test_half_precision_copies_and_a_kmeans_start(make, options):
 def test_what_cannot_be_cut_is_refused():
     for make, named in ((lambda: layer(heads=2), "heads = 2 need codebook_dim.*= 3"), (lambda: layer(heads=0), "heads = 0"), (lambda: layer(codebook_dim=0), "codebook_dim = 0"),
                         (lambda: VectorQuantizer(0, 8, codebook_dim=2), "dim = 0"), (lambda: ProductVQ(7, 8, 2), "dim = 7 cannot be cut into heads = 2"),
-                        (lambda: product(skip=2), "skip = 2"), (lambda: ProductVQ(6, 8, 0), "heads = 0"),
+                        (lambda: product(skip=2), "skip = 2"), (lambda: ProductVQ(6, 8, 0), "heads = 0"), (lambda: ProductVQ(6, 8, 2, codebook_dim=0), "codebook_dim = 0"),
                         (lambda: layer(codebook_dim=3, heads=2).decode(torch.zeros(4, 3).long()), "heads = 2"), (lambda: product().decode(torch.zeros(4, 3).long()), "heads = 2")):
         with pytest.raises(ValueError, match=named): make()
 
