@@ -10,6 +10,7 @@ nbs/results/exchange.json. About a quarter of an hour on two cores.
 import argparse
 import importlib.metadata
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def dac(weight_norm=False):
     return model.quantizer, {"": codec(learnable=True, distance="angle", codebook_dim=4, projection="each")}, lambda quantizer, z: quantizer(z)[:2]
 
 
-def codec(levels=LEVELS, **options): return ResidualVQ(DIM, SIZE, levels, estimator="ste", channel_first=True, **options)
+def codec(levels=LEVELS, **options): return ResidualVQ(DIM, SIZE, levels, estimator="ste", commitment=0.25, channel_first=True, **options)
 
 
 def encodec_of_transformers():
@@ -119,7 +120,28 @@ def compared(name: str) -> dict:
     off = lambda a, b: ((a.float() - b.float()).abs().max() / b.float().abs().max().clamp_min(1e-30)).item()
     again, same = answer(theirs, z)
     assert torch.equal(same, indices)
-    return {"library": library, "version": importlib.metadata.version(library), "indices": indices.numel(), "values": off(q, expected), "back": off(again, expected)}
+    row = {"library": library, "version": importlib.metadata.version(library), "indices": indices.numel(), "values": off(q, expected), "back": off(again, expected)}
+    if name == "DAC of transformers": row["gradients"] = gradients_of_dac(theirs, ours[""], z)
+    return row
+
+
+def gradients_of_dac(theirs, ours: ResidualVQ, z: Tensor) -> float:
+    "Largest relative difference of the gradients of answer and losses: to z, to every projection, to every codebook."
+    with torch.enable_grad():
+        z, g = z.requires_grad_(), torch.randn_like(z)
+        q, _, _, commitment, codebook = theirs(z)
+        found = ours(z)
+        ours_of = lambda part: [m.weight for m in part] + [m.bias for m in part]
+        own = [z, *ours_of(ours.project_in), *ours_of(ours.project_out), *(level.book.codes for level in ours.layers)]
+        theirs_of = lambda name: [getattr(level, name).weight for level in theirs.quantizers] + [getattr(level, name).bias for level in theirs.quantizers]
+        other = [z, *theirs_of("in_proj"), *theirs_of("out_proj"), *(level.codebook.weight for level in theirs.quantizers)]
+        pairs = ((found.q * g).sum(), (q * g).sum()), (found.loss, 0.25 * commitment.mean() + codebook.mean())
+        worst = 0.0
+        for a, b in pairs:
+            for x, y in zip(torch.autograd.grad(a, own, retain_graph=True, allow_unused=True), torch.autograd.grad(b, other, retain_graph=True, allow_unused=True)):
+                if x is None and y is None: continue                      # no loss comes after the last projection up
+                worst = max(worst, ((x - y.reshape(x.shape)).abs().max() / y.abs().max()).item())
+    return worst
 
 
 def load(stack: ResidualVQ, state: dict[str, Tensor], prefix: str) -> None:
@@ -135,6 +157,8 @@ WAYS = {
     "ours, rotation": dict(gradient="through", learnable=True, distance="angle"),
     "ours, rotation, running averages, revival": dict(gradient="through", revive_after="auto"),
     "ours, straight-through, losses apart": dict(gradient="held", estimator="ste", learnable=True, distance="angle"),
+    "ours, rotation, losses apart": dict(gradient="held", learnable=True, distance="angle"),
+    "ours, rotation, running averages, revival, losses apart": dict(gradient="held", revive_after="auto"),
 }
 
 
@@ -144,19 +168,28 @@ class Quantizer(nn.Module):
     def __init__(self, config, **options):
         super().__init__()
         self.n_codebooks = config.n_codebooks
+        self.weight = config.codebook_loss_weight
         self.stack = ResidualVQ(
             config.hidden_size, config.codebook_size, config.n_codebooks,
-            codebook_dim=config.codebook_dim, projection="each",
-            commitment=config.commitment_loss_weight, channel_first=True, **options,
+            codebook_dim=config.codebook_dim, projection="each", channel_first=True,
+            quantizer_dropout=config.quantizer_dropout,
+            commitment=config.commitment_loss_weight, codebook_weight=self.weight,
+            **options,
         )
 
     def forward(self, z, n_quantizers=None):
         q, indices, loss = self.stack(z, num_quantizers=n_quantizers)
-        return q, indices.movedim(-1, 1), z, 0, loss  # both losses in one
+        latents = self.latents(indices)
+        # no commitment loss of its own: the stack's loss has both, weighed
+        return q, indices.movedim(-1, 1), latents, 0, loss / self.weight
 
     def from_codes(self, codes):
         indices = codes.movedim(1, -1)
-        return self.stack.decode(indices), self.stack.codes(indices), codes
+        return self.stack.decode(indices), self.latents(indices), codes
+
+    def latents(self, indices):
+        "The codes of all levels, `(B, L codebook_dim, T)`."
+        return self.stack.codes(indices).movedim(0, 2).flatten(2).movedim(-1, 1)
 
 
 def signals(split: str, source) -> Tensor:
@@ -183,14 +216,14 @@ def trained(way: str, seed: int, train: Tensor, val: Tensor) -> dict:
         model.quantizer = ours
     optimizer = torch.optim.AdamW(model.parameters(), RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, STEPS, pct_start=0.1)
-    order, errors = torch.Generator().manual_seed(seed), []
+    order, errors, start = torch.Generator().manual_seed(seed), [], time.perf_counter()
     for step in range(STEPS):
         x = train[torch.randint(len(train), (BATCH,), generator=order)]
         out = model.train()(x)
         loss = F.mse_loss(out.audio_values, x[:, 0]) + out.loss.mean()
         optimizer.zero_grad(), loss.backward(), optimizer.step(), schedule.step()
         if (step + 1) % EVERY == 0: errors.append(error(model, val))
-    return {"way": way, "seed": seed, "mse": errors, "mse_by_level": [error(model, val, n + 1) for n in range(LEVELS)], "usage_by_level": usage(model, val)}
+    return {"way": way, "seed": seed, "mse": errors, "mse_by_level": [error(model, val, n + 1) for n in range(LEVELS)], "usage_by_level": usage(model, val), "seconds": round(time.perf_counter() - start)}
 
 
 @torch.no_grad()

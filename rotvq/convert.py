@@ -56,7 +56,7 @@ def place_of(name: str, in_stack: bool) -> tuple[str, str] | None:
     for ours, theirs in MAPS.items():
         if head in theirs and rest in WEIGHTS:
             return ours + (f".{number}" if in_stack else ""), WEIGHTS[rest]
-    if head in ("_codebook", "codebook") and rest in BOOK:
+    if head in ("_codebook", "codebook", "embedding") and rest in BOOK:
         return (f"layers.{number}.book" if in_stack else "book"), BOOK[rest]
     return None
 
@@ -100,7 +100,9 @@ def convert_state_dict(
     the same options. Raises `ValueError` for what ours has no place for."""
     parts: dict[str, dict[str, Tensor]] = {}
     for name, (to, what) in places(state, prefix).items():
-        if not (shared_codebook and re.match(r"layers\.[1-9]", to)):  # the same again
+        if shared_codebook and re.match(r"layers\.[1-9]", to):  # the same again
+            _check_shared(state, prefix, name)
+        else:
             parts.setdefault(to, {})[what] = state[prefix + name].detach()
     ours: dict[str, Tensor] = {}
     for to, found in parts.items():
@@ -117,9 +119,31 @@ def convert_state_dict(
     return {k: v for k, v in state.items() if not k.startswith(prefix)} | ours
 
 
+def _check_shared(state: Mapping[str, Tensor], prefix: str, name: str) -> None:
+    "Raise where a level has another codebook than the first."
+    first = re.sub(r"\d+", "0", name, count=1)
+    same = first in state or prefix + first in state
+    if not same or not torch.equal(state[prefix + name], state[prefix + first]):
+        raise ValueError(
+            f"{prefix}{name} differs from {prefix}{first}: these levels do not share a "
+            "codebook. Leave out shared_codebook, in both places."
+        )
+
+
+def _whole(found: dict[str, Tensor], *names: str) -> None:
+    "Raise unless all of these are there, or none."
+    missing = [name for name in names if name not in found]
+    if 0 < len(missing) < len(names):
+        raise ValueError(
+            f"The state has {sorted(found)} of a part, and no {missing}: it is not "
+            "complete."
+        )
+
+
 def _map(found: dict[str, Tensor]) -> dict[str, Tensor]:
     "A linear map of one, or of a convolution one wide, or with weight norm."
     found = dict(found)
+    _whole(found, "direction", "length")
     if "direction" in found:
         v, length = found.pop("direction"), found.pop("length")
         norm = v.flatten(1).norm(dim=1)
@@ -147,6 +171,7 @@ def _book(found: dict[str, Tensor], learnable: bool) -> dict[str, Tensor]:
     if "parameter" in found:
         learnable, found["codes"] = True, found.pop("parameter")
     if "sums of codes" in found:
+        _whole(found, "sums of codes", "counts")
         found["sums"] = found.pop("sums of codes")
         found["codes"] = found["sums"] / found["counts"].clamp_min(LEAST)[:, None]
     codes = found["codes"]
@@ -172,26 +197,45 @@ def convert_back(
     the layer's comes from `state`, and where it has nothing, from `like`."""
     ours = {k[len(prefix) :]: v.detach() for k, v in state.items()
             if k.startswith(prefix)}
-    theirs = {}
+    theirs, asked = {}, set()
     for name, (at, what) in places(like, prefix).items():
-        value, form = _found(ours, at, what), like[prefix + name]
+        where = _places_of_ours(ours, at)
+        found = [_of_book(ours, one, what) if one.endswith("book")
+                 else _of_map(ours, one, what) for one in where]
+        value = torch.stack(found).amin() if what == "ready" else torch.stack(found)
+        form = like[prefix + name]
+        if _long(value.shape) != _long(form.shape):
+            raise ValueError(
+                f"{prefix}{name} of theirs is {tuple(form.shape)}, and {where} of ours "
+                f"{tuple(value.shape)}: make both with the same options."
+            )
+        asked |= set(where)
         theirs[prefix + name] = value.reshape(form.shape).to(form.dtype)
+    parts = {k.rpartition(".")[0] or k for k in ours if k != "idle"}
+    if parts - asked:
+        raise ValueError(
+            f"Theirs has no place for {sorted(parts - asked)} of ours: make both with "
+            "the same options."
+        )
     rest = {k: v for k, v in state.items() if not k.startswith(prefix)}
     return {**like, **{k: v for k, v in rest.items() if k in like}, **theirs}
 
 
-def _found(ours: dict[str, Tensor], at: str, what: str) -> Tensor:
-    "What stands there in our state, as they have it."
-    if at.endswith("book"):
-        if f"{at}.codes" in ours or not at.startswith("layers"):
-            books = [at]
-        else:
-            books = ["layers.0.book"]  # one codebook for all levels
-        if at == "book" and "book.codes" not in ours:  # a codebook for each head
-            heads = {int(k.split(".")[1]) for k in ours if k.startswith("layers.")}
-            books = [f"layers.{h}.book" for h in sorted(heads)]
-        found = torch.stack([_of_book(ours, book, what) for book in books])
-        return found.amin() if what == "ready" else found  # one for all heads
+def _long(shape: torch.Size) -> list[int]:
+    return [size for size in shape if size != 1]
+
+
+def _places_of_ours(ours: dict[str, Tensor], at: str) -> list[str]:
+    "Where ours has what theirs has there: one place, or one for each head."
+    books = sorted({k.removesuffix(".codes") for k in ours if k.endswith("book.codes")},
+                   key=lambda book: (len(book), book))
+    if at == "book" and "book" not in books:  # a codebook for each head
+        return books or [at]
+    shared = books == ["layers.0.book"] and at.endswith("book")
+    return books if shared else [at]
+
+
+def _of_map(ours: dict[str, Tensor], at: str, what: str) -> Tensor:
     if what in ("length", "direction"):
         weight = _entry(ours, f"{at}.weight")
         return weight.norm(dim=1) if what == "length" else weight

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNUSED_AFTER', 'REVIVED_AFTER', 'STATE', 'average', 'NEVER_CHOSEN', 'EXACT', 'MOVED', 'DIVIDED', 'initial_codebook',
-           'salt_of', 'write', 'is_whole', 'batches_with', 'unused_within_reach', 'check_options', 'tick',
+           'salt_of', 'write', 'is_whole', 'whole', 'batches_with', 'unused_within_reach', 'check_options', 'tick',
            'average_definition', 'Codebook', 'codes_of_its_own', 'call_learn_after_to_stay_in_the_graph',
            'call_kmeans_init_or_learn_after_to_stay', 'learn_after', 'rotation_until_used']
 
@@ -70,6 +70,15 @@ def write(state: Any, new: Any, where: Tensor | None = None) -> None:
 def is_whole(x) -> bool:
     "Whether `x` is an integer of any kind, NumPy's included, and no bool."
     return isinstance(x, Integral) and not isinstance(x, bool)
+
+
+def whole(name: str, value: Any, least: int = 1) -> int:
+    "The value as a Python integer; `ValueError` where it is none, or too small."
+    if not is_whole(value) or value < least:
+        raise ValueError(
+            f"{name} = {value!r} must be a whole number, at least {least}."
+        )
+    return int(value)
 
 # %% ../nbs/07_learning.ipynb #c7e1d0b4
 UNUSED_AFTER = 160  # vectors for each code, of which none chose it
@@ -246,6 +255,8 @@ class Codebook(nn.Module):
         self._repeats = 0
         self.collected: dict[str, Tensor] = {}  # no buffers: DDP sends those around
         self._pending = False
+        # of a stack whose levels share it: which level this is, of how many
+        self.turn, self.turns = 0, 1
         self.reset_parameters()
 
     @torch.no_grad()
@@ -379,7 +390,12 @@ class Codebook(nn.Module):
             seed = scrambled(self.salt) + self.batches
             options = usable, self.codebook_size, seed, together, spoilt
             drawn, any_drawn = sample_rows(rows.vectors, *options)
-            total["rows"].copy_(torch.where(any_drawn, drawn, total["rows"]))
+            mine = any_drawn
+            if self.turns > 1:  # each level draws for some of the codes
+                codes = torch.arange(self.codebook_size, device=drawn.device)
+                turn = scrambled(codes + scrambled(seed)) % self.turns
+                mine = any_drawn & (turn == self.turn)[:, None]
+            total["rows"].copy_(torch.where(mine, drawn, total["rows"]))
             total["drawn"].logical_or_(any_drawn)
         self._pending = True
 

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from .codebook import code_counts, exact_dtype, nearest_code, perplexity, usage
 from .distributed import scrambled
 from .householder import unit
-from .layout import Rows, down_and_up, project
-from .learning import Codebook, check_options, rotation_until_used
+from .layout import Rows, check_indices, down_and_up, project
+from .learning import Codebook, check_options, rotation_until_used, whole
 from .names import refuse
 from .reflection import reflection_trick
 from .rotation import held_map, rotation_trick, warn_about_lambda
@@ -219,14 +219,15 @@ def skips(rows: Rows, share: Tensor | float, seed: Tensor) -> Tensor:
 # %% ../nbs/08_quantizer.ipynb #08c00001
 def check_heads(dim: int, codebook_dim: int | None, heads: int) -> None:
     "Raise `ValueError` where these make no layer."
+    heads = whole("heads", heads)
     if heads > 1 and codebook_dim is None:
         raise ValueError(
             f"heads = {heads} need codebook_dim, the numbers of each: dim // heads = "
             f"{dim // heads} where they are the parts of z, fewer with projections."
         )
-    for name, value in dict(dim=dim, codebook_dim=codebook_dim, heads=heads).items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} = {value} must be at least 1.")
+    whole("dim", dim)
+    if codebook_dim is not None:
+        whole("codebook_dim", codebook_dim)
 
 # %% ../nbs/08_quantizer.ipynb #0d944ac8
 class VectorQuantizer(nn.Module):
@@ -287,10 +288,11 @@ class VectorQuantizer(nn.Module):
         super().__init__()
         refuse(other, self.options_there_are(), "VectorQuantizer")
         check_heads(dim, codebook_dim, heads)
-        self._dim, self.heads, self.projection_bias = dim, heads, projection_bias
+        self._dim, self.heads = int(dim), int(heads)
+        self.projection_bias = projection_bias
         self.book = Codebook(
-            codebook_dim or dim,
-            codebook_size,
+            int(codebook_dim or dim),
+            whole("codebook_size", codebook_size),
             distance=distance,
             learnable=learnable,
             decay=decay,
@@ -302,8 +304,9 @@ class VectorQuantizer(nn.Module):
             skip=skip,
             sync=sync,
         )
-        inner = heads * self.book.dim
-        self.project_in, self.project_out = down_and_up(dim, inner, projection_bias)
+        inner = self.heads * self.book.dim
+        maps = down_and_up(self.dim, inner, projection_bias)
+        self.project_in, self.project_out = maps
         weights = {"commitment": commitment, "codebook_weight": codebook_weight}
         for name, weight in weights.items():
             if not weight >= 0:
@@ -314,6 +317,7 @@ class VectorQuantizer(nn.Module):
         self.estimator, self.commitment = estimator, commitment
         self.codebook_weight, self.reduction = codebook_weight, reduction
         self.channel_first, self._seen = channel_first, 0  # training batches, to ten
+        self.weighs = False  # a stack will ask for the weight of the rotation
 
     def forward(
         self,
@@ -327,7 +331,8 @@ class VectorQuantizer(nn.Module):
         outer, book = self._outer(z, mask), self.book
         rows = self._inner(outer)
         learning = book.is_learning()
-        codes = book.enter(rows, learning, takes_weight(self.estimator))
+        weighs = self.weighs or takes_weight(self.estimator)
+        codes = book.enter(rows, learning, weighs)
         quantize = self._at_once if self._fits_at_once(rows, codes) else self._in_parts
         out, indices, loss = quantize(rows, codes, learning)
         if self.training:
@@ -440,23 +445,8 @@ class VectorQuantizer(nn.Module):
     def codes(self, indices: Tensor) -> Tensor:
         """Codes of integer `indices`, `(..., codebook_dim)`; of several heads beside
         each other, `(..., heads * codebook_dim)`; 0 for negative ones."""
-        if not isinstance(indices, Tensor):
-            raise TypeError(
-                f"indices are a {type(indices).__name__}; make a tensor of them: "
-                "torch.tensor(indices)."
-            )
-        if indices.is_floating_point() or indices.dtype == torch.bool:
-            raise TypeError(
-                f"indices are {indices.dtype}; they must be integers. "
-                "Convert with .long()."
-            )
-        if self.heads > 1 and indices.shape[-1:] != (self.heads,):
-            raise ValueError(
-                f"indices have shape {tuple(indices.shape)}; the last dimension must "
-                f"be heads = {self.heads}."
-            )
+        indices = check_indices(indices, self.codebook_size, self.heads)
         self.book.catch_up()
-        indices = indices.long()
         q = self.book()[indices.clamp_min(0)]
         q = torch.where(indices[..., None] < 0, 0, q).to(self.book.codes.dtype)
         return q.flatten(-2) if self.heads > 1 else q
@@ -526,6 +516,10 @@ class VectorQuantizer(nn.Module):
         "Channels of the input."
         return self._dim
 
+    @dim.setter
+    def dim(self, value: int) -> None:
+        raise AttributeError("dim cannot be changed; make another layer.")
+
     @property
     def estimator_name(self) -> str:
         return name_of(self.estimator)
@@ -546,7 +540,7 @@ class VectorQuantizer(nn.Module):
             if name != "estimator":
                 value = getattr(self, name)
                 if name == "codebook_dim" and self.heads == 1 and value == self.dim:
-                    value = None
+                    default = value
                 arguments |= {name: value} if every or value != default else {}
         return arguments
 

@@ -7,7 +7,7 @@ __all__ = ['FSQ', 'SimVQ']
 
 # %% ../nbs/19_relatives.ipynb #19a00005
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from functools import partial
 from typing import NoReturn
 
@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from .codebook import code_counts, exact_dtype, nearest_code
 from .codebook import without_autocast
-from .layout import Rows, down_and_up, project
-from .learning import NEVER_CHOSEN, unused_within_reach
+from .layout import Rows, check_indices, down_and_up, project
+from .learning import NEVER_CHOSEN, unused_within_reach, whole
 from .names import refuse
 from .quantizer import Estimator, Quantized, check_heads, function_of
 from .quantizer import quantization_loss, with_gradient
 from .ste import straight_through
+from .surroundings import is_repeated
 
 # %% ../nbs/19_relatives.ipynb #19a00008
 class FSQ(nn.Module):
@@ -35,7 +36,7 @@ class FSQ(nn.Module):
 
     def __init__(
         self,
-        levels: Sequence[int],  # of each number; their product is K
+        levels: Iterable[int],  # of each number; their product is K
         dim: int | None = None,  # d, channels of the input; else as many as levels
         *,
         heads: int = 1,  # codes of each vector, side by side
@@ -46,12 +47,18 @@ class FSQ(nn.Module):
         super().__init__()
         known = "levels", "dim", "heads", "projection_bias", "channel_first"
         refuse(other, known, "FSQ")
-        if not isinstance(levels, Sequence) or not levels or min(levels) < 2:
+        if not isinstance(levels, Iterable) or not (levels := list(levels)):
             raise ValueError(f"levels = {levels}: give one or more numbers from 2.")
+        levels = [whole("each of levels", level, 2) for level in levels]
+        if math.prod(levels) >= 2**63:
+            raise ValueError(
+                f"levels = {levels} make {math.prod(levels):.1e} codes, more than an "
+                "index can count. Use heads."
+            )
         check_heads(1 if dim is None else dim, len(levels), heads)
-        inner = heads * len(levels)
-        self.levels, self.heads = tuple(levels), heads
-        self.dim = inner if dim is None else dim
+        self.levels, self.heads = tuple(levels), int(heads)
+        inner = self.heads * len(levels)
+        self.dim = inner if dim is None else int(dim)
         self.codebook_size, self.channel_first = math.prod(levels), channel_first
         maps = down_and_up(self.dim, inner, projection_bias)
         self.project_in, self.project_out = maps
@@ -76,7 +83,9 @@ class FSQ(nn.Module):
         half = (levels - 1) * 1.001 / 2
         offset = (levels % 2 == 0) / 2
         y = (y + (offset / half).atanh()).tanh() * half - offset
-        return straight_through(y, y.round())
+        # beyond 1,000 levels the little more would be a level more
+        lowest, highest = -(levels // 2), (levels - 1) // 2
+        return straight_through(y, y.round().clamp(lowest, highest))
 
     def _rows(self, z: Tensor, mask: Tensor | None) -> Rows:
         return Rows.of(z, self.dim, mask, self.channel_first, exact_dtype(z))
@@ -89,7 +98,8 @@ class FSQ(nn.Module):
     def _steps(self, device: torch.device) -> tuple[Tensor, Tensor]:
         "Levels, and what a step of each adds to the index: 1, L₁, L₁L₂, …"
         levels = torch.tensor(self.levels, device=device)
-        return levels, levels.cumprod(0) // levels
+        steps = [math.prod(self.levels[:i]) for i in range(len(self.levels))]
+        return levels, torch.tensor(steps, device=device)
 
     def _scaled(self, y: Tensor) -> Tensor:
         "Whole numbers to codes in [−1, 1]."
@@ -111,6 +121,7 @@ class FSQ(nn.Module):
     def codes(self, indices: Tensor) -> Tensor:
         """Codes of `(...)` indices, `(..., len(levels))`; with heads, of `(..., heads)`
         those of all beside each other. 0 for negative ones."""
+        indices = check_indices(indices, self.codebook_size, self.heads)
         levels, steps = self._steps(indices.device)
         digits = indices[..., None] // steps % levels - levels // 2
         dtype = torch.get_default_dtype()
@@ -147,6 +158,7 @@ class SimVQ(nn.Module):
 
     frozen: Tensor  # `(K, codebook_dim)`
     idle: Tensor  # `(K,)` training batches since a code was chosen
+    latest: Tensor  # `(K,)` bool, chosen in the latest one
 
     def __init__(
         self,
@@ -163,19 +175,21 @@ class SimVQ(nn.Module):
         known = "dim", "codebook_size", "codebook_dim", "estimator", "commitment"
         refuse(other, (*known, "channel_first"), "SimVQ")
         check_heads(dim, codebook_dim, 1)
-        if codebook_size < 1 or not commitment >= 0:
-            raise ValueError(
-                f"codebook_size = {codebook_size} must be at least 1, and commitment = "
-                f"{commitment} must not be negative."
-            )
+        codebook_size = whole("codebook_size", codebook_size)
+        if not commitment >= 0:
+            raise ValueError(f"commitment = {commitment} must not be negative.")
         function_of(estimator)  # raises for a name that it does not know
-        inner = codebook_dim or dim
-        self.dim, self.codebook_size, self.codebook_dim = dim, codebook_size, inner
+        self.dim, inner = int(dim), int(codebook_dim or dim)
+        self.codebook_size, self.codebook_dim = codebook_size, inner
         self.estimator, self.commitment = estimator, commitment
         self.channel_first = channel_first
         self.register_buffer("frozen", torch.randn(codebook_size, inner) / inner**0.5)
         self.register_buffer("idle", torch.full((codebook_size,), NEVER_CHOSEN))
-        self.map = nn.Linear(inner, dim, bias=False)
+        # of the latest batch, which counts from the next one on: a checkpoint may
+        # repeat it
+        latest = torch.zeros(codebook_size, dtype=torch.bool)
+        self.register_buffer("latest", latest, persistent=False)
+        self.map = nn.Linear(inner, self.dim, bias=False)
 
     @property
     def codebook(self) -> Tensor:
@@ -197,14 +211,20 @@ class SimVQ(nn.Module):
             indices = nearest_code(rows.vectors, codes)
             q = rows.fill(codes[indices], 0)
             indices = rows.fill(indices, -1)
+            if self.training and torch.is_grad_enabled() and not is_repeated():
+                self._count(indices)
             loss = quantization_loss(rows, q, self.commitment, trained=True)
             vectors = (indices >= 0).sum()  # on the device
             weight = partial(unused_within_reach, codes.detach(), self.idle, vectors)
             out = with_gradient(self.estimator, rows.vectors, q.detach(), weight)
-            if self.training:
-                used = code_counts(indices, self.codebook_size) > 0
-                self.idle.copy_(torch.where(used, 0, self.idle + 1))
         return Quantized(rows.restore_layout(out), indices.reshape(rows.shape), loss)
+
+    @torch.no_grad()
+    def _count(self, indices: Tensor) -> None:
+        "The latest batch, if it had vectors, and what this one chooses."
+        older = torch.where(self.latest, 0, self.idle + self.latest.any())
+        self.idle.copy_(older)
+        self.latest.copy_(code_counts(indices, self.codebook_size) > 0)
 
     def _rows(self, z: Tensor, mask: Tensor | None) -> Rows:
         dtype = exact_dtype(self.map.weight)
@@ -218,15 +238,21 @@ class SimVQ(nn.Module):
             indices = nearest_code(rows.vectors, self.codebook)
         return rows.fill(indices, -1).reshape(rows.shape)
 
+    def codes(self, indices: Tensor) -> Tensor:
+        "Codes of integer `indices`, `(..., dim)`; 0 for negative ones."
+        indices = check_indices(indices, self.codebook_size)
+        with without_autocast(indices.device.type):
+            q = self.codebook[indices.clamp_min(0)].to(self.map.weight.dtype)
+        return torch.where(indices[..., None] < 0, 0, q)
+
     def decode(self, indices: Tensor) -> Tensor:
-        """Codes of integer `indices`: `(..., dim)`, or `(B, dim, ...)` with
-        `channel_first=True`; 0 for negative ones."""
-        q = self.codebook[indices.clamp_min(0)].to(self.map.weight.dtype)
-        q = torch.where(indices[..., None] < 0, 0, q)
+        """The same, or `(B, dim, ...)` with `channel_first=True`."""
+        q = self.codes(indices)
         return q.movedim(-1, 1) if self.channel_first else q
 
     # as other libraries call them
-    get_codes_from_indices = get_output_from_indices = indices_to_codes = decode
+    get_codes_from_indices = codes
+    get_output_from_indices = indices_to_codes = decode
 
     def extra_repr(self) -> str:
         return f"{self.dim}, {self.codebook_size}, commitment={self.commitment}"

@@ -8,6 +8,7 @@ __all__ = ['GRADIENTS', 'SHARED', 'levels_of', 'OfLayers', 'Layers', 'ResidualVQ
 # %% ../nbs/18_residual.ipynb #18a00005
 import inspect
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, Literal, NoReturn, cast
 
 import torch
@@ -15,11 +16,13 @@ from torch import Tensor, nn
 
 from .codebook import exact_dtype
 from .distributed import scrambled
-from .layout import Rows, down_and_up, project
+from .householder import unit
+from .layout import Rows, check_indices, down_and_up, project
+from .learning import is_whole, whole
 from .names import refuse
 from .quantizer import Diagnosis, Estimator, Quantized, VectorQuantizer
 from .quantizer import REDUCTIONS, check_heads, drawn, function_of
-from .quantizer import of_vectors, skips, with_gradient
+from .quantizer import of_vectors, skips, takes_weight, with_gradient
 
 # %% ../nbs/18_residual.ipynb #18a00008
 def levels_of(
@@ -61,9 +64,12 @@ class Layers(nn.Module):
     "What a module with a layer for each level, or for each head, can be asked for."
 
     layers: nn.ModuleList
+    dim: int
     skip: float
+    channel_first: bool | None
     frozen, decay, sync, commitment = OfLayers(), OfLayers(), OfLayers(), OfLayers()
     codebook_weight, revive_after, revive_below = OfLayers(), OfLayers(), OfLayers()
+    automatic, collect_without_grad = OfLayers(), OfLayers()
     learnable, distance = OfLayers(), OfLayers()  # cannot be changed
 
     def _each(self) -> list[VectorQuantizer]:
@@ -73,9 +79,25 @@ class Layers(nn.Module):
         "Which samples pass by all lookups, `(..., 1)`, in training; `None` without."
         if not (self.training and self.skip):
             return None
-        first = self._each()[0]
-        seed = scrambled(first.salt) + first.batches
-        return skips(rows, self.skip, seed).reshape(*rows.shape, 1)
+        return skips(rows, self.skip, self._seed(0)).reshape(*rows.shape, 1)
+
+    def _seed(self, purpose: int) -> Tensor:
+        """What decides a draw; to be asked after the first layer has looked up, when it
+        has learned what was pending (a repeated pass must draw alike)."""
+        book = self._each()[0].book
+        return scrambled(book.salt + purpose) + book.batches
+
+    def _vectors(self, z: Tensor | Sequence[Tensor], mask: Tensor | None) -> Rows:
+        "The vectors of a batch, or the real ones of several together."
+        if isinstance(z, Tensor):
+            return self._rows(z, mask)
+        if not z or mask is not None:
+            raise ValueError(
+                f"There are {len(z)} batches and {'a' if mask is not None else 'no'} "
+                "mask: give at least one batch, and a mask to one only."
+            )
+        vectors = torch.cat([self._rows(part, None).vectors for part in z])
+        return Rows(vectors, None, vectors.shape[:1], False, vectors.dtype)
 
     def learn(self) -> None:
         "Move the codes of all: see `VectorQuantizer.learn`."
@@ -86,6 +108,10 @@ class Layers(nn.Module):
         "Forget what was collected since the codes last learned."
         for layer in self._each():
             layer.discard()
+
+    def _rows(self, z: Tensor, mask: Tensor | None) -> Rows:
+        dtype = exact_dtype(self._each()[0].book.codes)
+        return Rows.of(z, self.dim, mask, self.channel_first, dtype)
 
     def usage(self, within: int = 1) -> Tensor:
         "Share of codes chosen in the last `within` training batches, layer by layer."
@@ -118,8 +144,9 @@ class ResidualVQ(Layers):
         # with projections in each level: see above
         gradient: Literal["through", "held", "levels", "direct"] = "through",
         shared_codebook: bool = False,  # one for all levels
-        quantizer_dropout: float = 0.0,  # share of the samples with fewer levels
-        min_quantizers: int = 1,  # that such a sample keeps at least
+        # share of the samples that draw how many levels they go through
+        quantizer_dropout: float = 0.0,
+        min_quantizers: int = 1,  # from these on, to all
         skip: float = 0.0,  # share of the samples that pass by all lookups in training
         estimator: str | Estimator = "rotation",
         reduction: str = "mean",  # or "level": `(L,)`; "sample", "none" as in the layer
@@ -137,19 +164,18 @@ class ResidualVQ(Layers):
         _check_choices(projection, gradient, reduction)
         _check_options(options, ResidualVQ)
         _check_share(quantizer_dropout=quantizer_dropout, skip=skip)
-        if not 1 <= min_quantizers <= num_quantizers:
+        if not whole("min_quantizers", min_quantizers) <= num_quantizers:
             raise ValueError(
-                f"min_quantizers = {min_quantizers} must lie between 1 and "
+                f"min_quantizers = {min_quantizers} must not be more than "
                 f"num_quantizers = {num_quantizers}."
             )
-        self.dim, self.heads = dim, heads
+        self.dim, self.heads = int(dim), int(heads)
         self.codebook_dim = each
         self.num_quantizers, self.projection = num_quantizers, projection
         self.gradient, self.shared_codebook = gradient, shared_codebook
         self.quantizer_dropout, self.skip = quantizer_dropout, skip
         self.min_quantizers, self.estimator = min_quantizers, estimator
-        self.reduction, self.channel_first = reduction, channel_first
-        options |= {"reduction": "mean" if reduction == "level" else reduction}
+        self.channel_first = channel_first
         options |= {"estimator": "ste", "channel_first": False}  # see `forward`
         options |= {"heads": heads}
         levels = zip(sizes[: 1 if shared_codebook else None], dims)
@@ -157,6 +183,7 @@ class ResidualVQ(Layers):
             VectorQuantizer(d * heads, k, codebook_dim=d, **options) for k, d in levels
         )
         self.layers = nn.ModuleList(layers)
+        self.reduction = reduction
         widths = [d * heads for d in dims]
         projects = any(width != dim for width in widths)
         widths = widths[: None if projection == "each" else 1] if projects else []
@@ -167,6 +194,18 @@ class ResidualVQ(Layers):
         ]
         self.project_in = nn.ModuleList(down for down, _ in maps)
         self.project_out = nn.ModuleList(up for _, up in maps)
+
+    @property
+    def reduction(self) -> str:
+        "Of the loss."
+        return self._reduction
+
+    @reduction.setter
+    def reduction(self, new: str) -> None:
+        _check_choices(self.projection, self.gradient, new)
+        self._reduction = new
+        for layer in self._each():
+            layer.reduction = "mean" if new == "level" else new
 
     @property
     def levels(self) -> list[VectorQuantizer]:
@@ -184,13 +223,14 @@ class ResidualVQ(Layers):
         """Sum of the levels' answers, their indices, and their loss. Raises `TypeError`
         or `ValueError` where `z` does not fit."""
         refuse(other, ("z", "mask", "num_quantizers"), "ResidualVQ.forward")
+        _check_choices(self.projection, self.gradient, self.reduction)
+        _check_share(quantizer_dropout=self.quantizer_dropout, skip=self.skip)
         rows, count = self._rows(z, mask), self._count(num_quantizers)
-        if self.training and self.shared_codebook and self.levels[0].automatic:
+        book = self._each()[0].book
+        if self.shared_codebook and book.automatic and book.is_learning():
             raise RuntimeError(SHARED)
-        x = rows.vectors.reshape(*rows.shape, self.dim)
         go = self._in_each if self._projects_each() else self._as_one
-        past = self._past(rows)
-        q, indices, losses = go(x, self._masks(rows, count), count, past)
+        q, indices, losses = go(rows, count)
         if self.reduction == "none":
             loss = torch.stack(losses, self._axis)
         else:
@@ -204,27 +244,30 @@ class ResidualVQ(Layers):
         "Of the levels in indices."
         return -1 if self.heads == 1 else -2
 
-    def _as_one(self, x: Tensor, masks: list, count: int, past) -> tuple:
+    def _as_one(self, rows: Rows, count: int) -> tuple:
         "No parameter between the lookups: one estimator, from the sum to its input."
+        x = rows.vectors.reshape(*rows.shape, self.dim)
         p = self._down(0, x).to(exact_dtype(x))
         total, indices, losses = torch.zeros_like(p), [], []
-        for level, mask in zip(self.levels[:count], masks):
-            q, index, loss = level(p - total, mask)
+        for i, level in self._in_turn(count):
+            q, index, loss = level(p - total, self._mask(rows, count, i))
             total = total + q.detach()
             indices.append(index)
             losses.append(loss)
-        q = self._estimate(p, total, range(count))
-        q = q if past is None else torch.where(past, p, q)
+        q, past = self._estimate(p, total, range(count)), self._past(rows)
+        q = q if past is None else torch.where(past, self._of_length_1(p), q)
         return self._up(0, q), indices, losses
 
-    def _in_each(self, x: Tensor, masks: list, count: int, past) -> tuple:
+    def _in_each(self, rows: Rows, count: int) -> tuple:
         "Projections between the lookups, which get a gradient, too."
+        x = rows.vectors.reshape(*rows.shape, self.dim)
         total, done, inner = (torch.zeros_like(x) for _ in range(3))
         indices, losses = [], []
-        for i, level in enumerate(self.levels[:count]):
+        for i, level in self._in_turn(count):
+            mask = self._mask(rows, count, i)
             # `done` is the number of `total`, without its gradient
             seen = self._down(i, x - (total if self.gradient == "through" else done))
-            code, index, loss = level(seen, masks[i])
+            code, index, loss = level(seen, mask)
             indices.append(index)
             losses.append(loss)
             code = code.detach()
@@ -238,19 +281,36 @@ class ResidualVQ(Layers):
                 p = self._down(i, x - inner, held=True)
                 again = self._up(i, self._estimate(p, code, [i]), held=True)
                 inner, y = inner + again, y + again - again.detach()
-            if masks[i] is not None:
-                y = torch.where(masks[i][..., None], y, 0)
+            if mask is not None:
+                y = torch.where(mask[..., None], y, 0)
             total, done = total + y, done + y.detach()
+        past = self._past(rows)
         total = total if past is None else torch.where(past, x, total)
         return total, indices, losses
+
+    def _in_turn(self, count: int):
+        "Number and layer of each level."
+        weighs = takes_weight(self.estimator)
+        for i, level in enumerate(self.levels[:count]):
+            level.weighs = weighs
+            if self.shared_codebook:
+                level.book.turn, level.book.turns = i, count
+            yield i, level
+
+    def _of_length_1(self, p: Tensor) -> Tensor:
+        "What the levels look up: for the cosine, heads of length 1."
+        if self._each()[0].book.distance != "cosine":
+            return p
+        return unit(p.unflatten(-1, (self.heads, -1))).flatten(-2)
 
     def _estimate(self, p: Tensor, q: Tensor, levels: Sequence[int]) -> Tensor:
         "`q` with the estimator's gradient to `p`, at the mean weight of the levels."
         weights = [self.levels[i].book.rotation_weight for i in levels]
         mean = lambda: torch.stack([weight() for weight in weights]).mean()
         dtype, parts = exact_dtype(q), (self.heads, -1)
-        p, q = (x.to(dtype).unflatten(-1, parts) for x in (p, q))
-        return with_gradient(self.estimator, p, q, mean).flatten(-2)
+        p, q = self._of_length_1(p.to(dtype)), q.to(dtype)
+        z, q = (x.unflatten(-1, parts).flatten(0, -2) for x in (p, q))  # as the layer
+        return with_gradient(self.estimator, z, q, mean).reshape(p.shape)
 
     def _projects_each(self) -> bool:
         return self.projection == "each" and len(self.project_in) > 0
@@ -267,37 +327,32 @@ class ResidualVQ(Layers):
             return None
         return cast(nn.Linear, maps[level if len(maps) > 1 else 0])
 
-    def _rows(self, z: Tensor, mask: Tensor | None) -> Rows:
-        dtype = exact_dtype(self.levels[0].codebook)
-        return Rows.of(z, self.dim, mask, self.channel_first, dtype)
-
     def _count(self, num_quantizers: int | None) -> int:
         "How many levels are asked for."
-        count = self.num_quantizers if num_quantizers is None else num_quantizers
-        if not 1 <= count <= self.num_quantizers:
+        if num_quantizers is None:
+            return self.num_quantizers
+        fits = is_whole(num_quantizers) and 1 <= num_quantizers <= self.num_quantizers
+        if not fits:
             raise ValueError(
-                f"num_quantizers = {num_quantizers} must lie between 1 and "
+                f"num_quantizers = {num_quantizers} must be a whole number from 1 to "
                 f"{self.num_quantizers}, the levels that there are."
             )
-        return count
+        return int(num_quantizers)
 
-    def _masks(self, rows: Rows, count: int) -> list[Tensor | None]:
-        "For each level which vectors go through it; `None`: all."
+    def _mask(self, rows: Rows, count: int, level: int) -> Tensor | None:
+        "Which vectors go through a level; `None`: all. Every sample has the first."
         real = None if rows.real is None else rows.real.reshape(rows.shape)
-        if not (self.training and self.quantizer_dropout and count > 1):
-            return [real] * count
-        first = self.levels[0]
-        seed = scrambled(first.salt) + first.batches
+        if not (self.training and self.quantizer_dropout and level):
+            return real
         least = min(self.min_quantizers, count)
-        many = levels_of(rows, self.quantizer_dropout, least, count, seed)
-        many = many.reshape(rows.shape)
-        keeps = (many > i for i in range(count))
-        return [keep if real is None else keep & real for keep in keeps]
+        share = self.quantizer_dropout
+        many = levels_of(rows, share, least, count, self._seed(1)).reshape(rows.shape)
+        keep = many > level
+        return keep if real is None else keep & real
 
-    def _walk(self, z: Tensor, mask: Tensor | None, count: int, first=None):
+    def _walk(self, rows: Rows, count: int, first=None):
         """Level by level the layer, what it gets, which of it is real, and indices;
         `first` is called before these are looked up."""
-        rows = self._rows(z, mask)
         x = rows.vectors.reshape(*rows.shape, self.dim)
         real = None if rows.real is None else rows.real.reshape(rows.shape)
         each = self._projects_each()
@@ -317,13 +372,19 @@ class ResidualVQ(Layers):
         self, z: Tensor, mask: Tensor | None = None, num_quantizers: int | None = None
     ) -> Tensor:
         "Indices `(..., L)` of the first levels, −1 for padding; changes nothing."
-        found = self._walk(z, mask, self._count(num_quantizers))
+        found = self._walk(self._rows(z, mask), self._count(num_quantizers))
         return torch.stack([index for *_, index in found], self._axis)
 
     def codes(self, indices: Tensor) -> Tensor:
         """Codes of `(..., n)` indices, level by level: `(n, ..., codebook_dim)`; of
         `(..., n, heads)` those of all heads beside each other."""
-        return torch.stack(self._codes(indices))
+        codes = self._codes(indices)
+        if len({code.shape for code in codes}) > 1:
+            raise ValueError(
+                f"Codes have {self.codebook_dim} numbers, and do not fit into one "
+                "tensor. Ask level by level: vq.levels[i].codes(indices[..., i])."
+            )
+        return torch.stack(codes)
 
     def _codes(self, indices: Tensor) -> list[Tensor]:
         "The same as a list; levels may differ in their length."
@@ -340,7 +401,9 @@ class ResidualVQ(Layers):
         if self._projects_each():
             parts = [self._up(i, q) for i, q in enumerate(codes)]
             pairs = zip(used, parts)
-            q = torch.stack([torch.where(u[..., None], y, 0) for u, y in pairs]).sum(0)
+            kept = [torch.where(u[..., None], y, 0) for u, y in pairs]
+            total = torch.stack([y.to(exact_dtype(y)) for y in kept]).sum(0)
+            q = total.to(next(self.project_out.parameters()).dtype)
         else:
             total = torch.stack(codes).sum(0)
             q = torch.where(used[0][..., None], self._up(0, total), 0)
@@ -350,7 +413,9 @@ class ResidualVQ(Layers):
     get_codes_from_indices, get_output_from_indices = codes, decode
 
     def _check_indices(self, indices: Tensor) -> None:
-        shape: tuple = tuple(getattr(indices, "shape", ()))
+        most = max(layer.codebook_size for layer in self._each())
+        check_indices(indices, most, self.heads)
+        shape: tuple = tuple(indices.shape)
         n = shape[self._axis] if len(shape) >= -self._axis else 0
         if not 1 <= n <= self.num_quantizers:
             place = "last dimension" if self.heads == 1 else "last dimension but one"
@@ -372,8 +437,8 @@ class ResidualVQ(Layers):
     @torch.no_grad()
     def kmeans_init(
         self,
-        z: Tensor,
-        mask: Tensor | None = None,
+        z: Tensor | Sequence[Tensor],  # a batch or several, laid out as in `forward`
+        mask: Tensor | None = None,  # for a single batch
         steps: int = 10,
         generator: torch.Generator | None = None,
     ) -> None:
@@ -383,13 +448,13 @@ class ResidualVQ(Layers):
             if i == 0 or not self.shared_codebook:
                 level.kmeans_init(p, real, steps, generator)
 
-        for _ in self._walk(z, mask, self.num_quantizers, fit):
+        for _ in self._walk(self._vectors(z, mask), self.num_quantizers, fit):
             pass
 
     @torch.no_grad()
     def diagnose(self, z: Tensor, mask: Tensor | None = None) -> list[Diagnosis]:
         "What each level sees in a batch: `VectorQuantizer.diagnose`."
-        walk = self._walk(z, mask, self.num_quantizers)
+        walk = self._walk(self._rows(z, mask), self.num_quantizers)
         return [level.diagnose(p, real) for level, p, real, _ in walk]
 
     def extra_repr(self) -> str:
@@ -400,18 +465,18 @@ def _levels(num_quantizers: int | None, codebook_size: int | Sequence[int]) -> i
     "How many levels there are."
     if num_quantizers is None and isinstance(codebook_size, Sequence):
         num_quantizers = len(codebook_size)
-    if num_quantizers is None or num_quantizers < 1:
+    if num_quantizers is None:
         raise ValueError(
-            f"num_quantizers = {num_quantizers} must be at least 1, or left out where "
-            f"codebook_size = {codebook_size} has a number for each level."
+            "num_quantizers = None: how many levels? It may be left out where "
+            f"codebook_size = {codebook_size} is a list, a number for each level."
         )
-    return num_quantizers
+    return whole("num_quantizers", num_quantizers)
 
 
 def _of_levels(name: str, value, num_quantizers: int, one: bool) -> list[int]:
     "What was given for each level, or for all; raises where it does not fit."
     if not isinstance(value, Sequence):
-        return [value] * num_quantizers
+        return [whole(name, value)] * num_quantizers
     if len(value) != num_quantizers:
         raise ValueError(
             f"{name} = {value} has {len(value)} numbers for {num_quantizers} levels; "
@@ -421,7 +486,7 @@ def _of_levels(name: str, value, num_quantizers: int, one: bool) -> list[int]:
         raise ValueError(
             f"{name} = {value}: with a shared codebook or projection all are the same."
         )
-    return list(value)
+    return [whole(name, each) for each in value]
 
 
 def _check_choices(projection: str, gradient: str, reduction: str) -> None:
@@ -437,7 +502,7 @@ def _check_choices(projection: str, gradient: str, reduction: str) -> None:
 
 def _check_share(**shares: float) -> None:
     for name, share in shares.items():
-        if not 0 <= share <= 1:
+        if not isinstance(share, Real) or not 0 <= share <= 1:
             raise ValueError(
                 f"{name} = {share} must be a share of the samples, 0 to 1."
             )
@@ -460,6 +525,8 @@ class ProductVQ(Layers):
     (torch.Size([2, 50, 64]), torch.Size([2, 50, 4]))
     """
 
+    estimator, reduction = OfLayers(), OfLayers()
+
     def __init__(
         self,
         dim: int,  # d, channels of the input
@@ -481,8 +548,8 @@ class ProductVQ(Layers):
             )
         _check_share(skip=skip)
         _check_options(options, ProductVQ)
-        self.skip, each = skip, codebook_dim or dim // heads
-        self.dim, self.heads, self.channel_first = dim, heads, channel_first
+        self.skip, each = skip, int(codebook_dim or dim // heads)
+        self.dim, self.heads, self.channel_first = int(dim), int(heads), channel_first
         self.codebook_dim = each
         options |= {"channel_first": False}
         layers = (VectorQuantizer(each, codebook_size, **options) for _ in range(heads))
@@ -504,17 +571,15 @@ class ProductVQ(Layers):
         found = [layer(*part) for layer, part in zip(self._each(), parts)]
         q, past = torch.cat([part.q for part in found], -1), self._past(rows)
         if past is not None:
-            q = torch.where(past, torch.cat([p for p, _ in parts], -1), q)
+            cosine = self._each()[0].book.distance == "cosine"
+            own = [unit(part) if cosine else part for part, _ in parts]
+            q = torch.where(past, torch.cat(own, -1), q)
         q = project(self.project_out, q)
         indices = torch.stack([part.indices for part in found], -1)
         loss = torch.stack([part.loss for part in found], -1)
-        loss = loss if self._each()[0].reduction == "none" else loss.mean(-1)
+        loss = loss if self.reduction == "none" else loss.mean(-1)
         out = rows.restore_layout(q.reshape(-1, self.dim))
         return Quantized(out, indices, loss)
-
-    def _rows(self, z: Tensor, mask: Tensor | None) -> Rows:
-        dtype = exact_dtype(self._each()[0].codebook)
-        return Rows.of(z, self.dim, mask, self.channel_first, dtype)
 
     def _parts(self, rows: Rows) -> list[tuple]:
         "What each layer gets: its part `(..., codebook_dim)`, and the mask."
@@ -532,11 +597,9 @@ class ProductVQ(Layers):
 
     def codes(self, indices: Tensor) -> Tensor:
         "Codes of `(..., heads)` indices beside each other."
-        if indices.shape[-1:] != (self.heads,):
-            raise ValueError(
-                f"indices have shape {tuple(indices.shape)}; the last dimension must "
-                f"be heads = {self.heads}."
-            )
+        if self.heads == 1:
+            return self._each()[0].codes(indices[..., 0])
+        check_indices(indices, self._each()[0].codebook_size, self.heads)
         parts = zip(self._each(), indices.unbind(-1))
         return torch.cat([layer.codes(index) for layer, index in parts], -1)
 
@@ -553,13 +616,13 @@ class ProductVQ(Layers):
     @torch.no_grad()
     def kmeans_init(
         self,
-        z: Tensor,
-        mask: Tensor | None = None,
+        z: Tensor | Sequence[Tensor],  # a batch or several, laid out as in `forward`
+        mask: Tensor | None = None,  # for a single batch
         steps: int = 10,
         generator: torch.Generator | None = None,
     ) -> None:
         "A k-means start for each part."
-        for layer, part in zip(self._each(), self._parts(self._rows(z, mask))):
+        for layer, part in zip(self._each(), self._parts(self._vectors(z, mask))):
             layer.kmeans_init(part[0], part[1], steps, generator)
 
     @torch.no_grad()

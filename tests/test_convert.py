@@ -127,6 +127,22 @@ def test_encodec_and_moshi_by_their_names(dtype, device):
             assert_close(back[name], value, rtol=1e-4, atol=2e-5)
 
 
+def test_a_codebook_that_is_an_embedding():
+    "taming-transformers and diffusers: `quantize.embedding.weight`; RQ-VAE-Recommender: `layers.0.embedding.weight`."
+    torch.manual_seed(0)
+    codes = torch.randn(3, 16, 8)
+    layer, stack = VectorQuantizer(8, 16, learnable=True), ResidualVQ(8, 16, 3, learnable=True)
+    state = {"quantize.embedding.weight": codes[0], "encoder.weight": torch.ones(2)}
+    found = convert_state_dict(state, "quantize.")
+    assert torch.equal(found["encoder.weight"], state["encoder.weight"])
+    layer.load_state_dict({k.removeprefix("quantize."): v for k, v in found.items() if k.startswith("quantize.")})
+    assert torch.equal(layer.codebook, codes[0])
+    back = convert_back(found, state, "quantize.")
+    assert back.keys() == state.keys() and torch.equal(back["quantize.embedding.weight"], codes[0])
+    stack.load_state_dict(convert_state_dict({f"layers.{i}.embedding.weight": c for i, c in enumerate(codes)}))
+    assert torch.equal(torch.stack([level.codebook for level in stack.layers]), codes)
+
+
 def test_the_names_of_fsq_are_the_same():
     torch.manual_seed(0)
     theirs, ours, z = peer.FSQ([8, 5], 8), FSQ((8, 5), 8, channel_first=False), torch.randn(3, 5, 8)
@@ -146,3 +162,22 @@ def test_what_cannot_be_carried_over_is_refused(state, named):
 def test_the_way_back_names_what_our_layer_lacks():
     like = peer.VectorQuantize(8, 16, codebook_dim=3).state_dict()
     with pytest.raises(ValueError, match="no project_in.weight"): convert_back(VectorQuantizer(8, 16).state_dict(), like)
+
+
+@pytest.mark.parametrize("ours, like, named", [
+    (lambda: ResidualVQ(8, 16, 2), lambda: peer.ResidualVQ(dim=8, codebook_size=16, num_quantizers=3), "no layers.2.book.codes"),
+    (lambda: ResidualVQ(8, 16, 4), lambda: peer.ResidualVQ(dim=8, codebook_size=16, num_quantizers=2), "no place for .*layers.2.book"),
+    (lambda: VectorQuantizer(8, 16, codebook_dim=4), lambda: peer.VectorQuantize(4, 16), "no place for .*project_in"),
+    (lambda: VectorQuantizer(8, 16), lambda: peer.VectorQuantize(8, 32), r"\(1, 32\)"),
+    (lambda: VectorQuantizer(8, 16), lambda: nn.ModuleDict({"codebook": nn.Embedding(8, 16)}), r"\(8, 16\)"),
+    (lambda: nn.Identity(), lambda: peer.VectorQuantize(8, 16), "no book.codes")])
+def test_a_way_back_that_would_lose_something_is_refused(ours, like, named):
+    with pytest.raises(ValueError, match=named): convert_back(ours().state_dict(), like().state_dict())
+
+
+def test_states_that_are_not_what_they_are_said_to_be_are_refused():
+    state = train(peer.ResidualVQ(dim=8, codebook_size=16, num_quantizers=3)).state_dict()
+    with pytest.raises(ValueError, match="do not share"): convert_state_dict(state, shared_codebook=True)
+    for state, named in (({"layers.0._codebook.embedding_sum": torch.ones(4, 2)}, "no .'counts'"), ({"codebook.weight": torch.ones(4, 2), "in_proj.weight_v": torch.ones(2, 2, 1)}, "no .'length'"),
+                         ({"codebook.weight": torch.ones(4, 2), "in_proj.weight_g": torch.ones(2, 1, 1)}, "no .'direction'")):
+        with pytest.raises(ValueError, match=named): convert_state_dict(state)

@@ -32,6 +32,14 @@ def test_fsq_has_each_level_and_each_index_once(levels):
     assert indices.sort().values.tolist() == list(range(fsq.codebook_size))
 
 
+@pytest.mark.parametrize("levels", [1000, 1001, 1024, 4096])
+def test_many_levels_stay_within_their_range(levels):
+    "An ε of their number is a level more, from 1,001 on."
+    fsq = FSQ((levels,))
+    indices = fsq(torch.tensor([[-50.0], [0.0], [50.0]])).indices
+    assert indices.tolist() == [0, levels // 2, levels - 1]
+
+
 def test_fsq_indices_say_what_is_decoded():
     torch.manual_seed(0)
     fsq, z = FSQ((5, 4), 6, channel_first=True), 3 * torch.randn(2, 6, 8, 8)
@@ -70,7 +78,7 @@ def test_simvq_counts_for_the_rule():
     for name in ("rotation", "rotation-until-used", "ste"):
         vq.estimator = name
         grads[name], = torch.autograd.grad(vq(z).q, z, g)
-        if name == "rotation": vq.idle.fill_(2**40)
+        if name == "rotation": vq.idle.fill_(2**40), vq.latest.zero_()
     assert_close(grads["rotation-until-used"], grads["rotation"])          # no code has been chosen before
     for _ in range(200): indices = vq(z).indices                           # 160 K vectors, 50 at a time, take 103 batches
     assert (vq.idle == 0).sum() == len(indices.unique()) and (vq.idle > 103).sum() == 32 - len(indices.unique())
@@ -163,3 +171,47 @@ def test_what_makes_no_layer_is_refused():
     for make, named in ((lambda: FSQ((8, 8), 6, heads=0), "heads = 0"), (lambda: FSQ((8, 8), 0), "dim = 0"), (lambda: SimVQ(6, 0), "codebook_size = 0"), (lambda: SimVQ(6, 8, commitment=-1), "commitment = -1"),
                         (lambda: SimVQ(6, 8, codebook_dim=0), "codebook_dim = 0"), (lambda: SimVQ(6, 8, estimator="none"), "estimator is 'none'")):
         with pytest.raises(ValueError, match=named): make()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_simvq_in_a_checkpoint_counts_once_and_has_the_same_gradient(reentrant):
+    from torch.utils.checkpoint import checkpoint
+    plain, other = (made(lambda **o: SimVQ(6, 64, estimator="rotation-until-used")) for _ in range(2))
+    for step in range(4):
+        z = torch.randn(5, 6, generator=torch.Generator().manual_seed(step))
+        a, b = z.clone().requires_grad_(), z.clone().requires_grad_()
+        plain(a).q.sin().sum().backward()
+        checkpoint(lambda x: other(x).q, b, use_reentrant=reentrant).sin().sum().backward()
+        assert_close(a.grad, b.grad)
+    assert torch.equal(plain.idle, other.idle)
+    before = plain.idle.clone()
+    with torch.no_grad(): plain(z)
+    plain(z[:0]), plain(z[:0])
+    assert ((plain.idle == before + 1) | (plain.idle == 0)).all()         # the batch before counted, and no other
+
+
+def test_indices_that_no_relative_gives_are_refused():
+    fsq, heads, sim = FSQ((5, 4), 6), FSQ((5, 4), 6, heads=2), SimVQ(6, 32)
+    for layer, indices, error, named in ((fsq, torch.tensor([20]), IndexError, "up to 20"), (sim, torch.tensor([32]), IndexError, "up to 32"), (fsq, torch.tensor([3.5]), TypeError, "float32"),
+                                         (sim, torch.tensor([True]), TypeError, "bool"), (fsq, [1, 2], TypeError, "list"), (heads, torch.tensor([1, 2, 3]), ValueError, "heads = 2")):
+        with pytest.raises(error, match=named): layer.decode(indices)
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
+        assert torch.equal(sim.decode(torch.arange(8).to(dtype)), sim.decode(torch.arange(8))) and torch.equal(fsq.decode(torch.arange(8).to(dtype)), fsq.decode(torch.arange(8)))
+
+
+def test_simvq_decodes_under_autocast_what_it_gave():
+    vq, z = made(lambda **o: SimVQ(6, 32, channel_first=False)).eval(), torch.randn(20, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = vq(z)
+        assert torch.equal(vq.decode(out.indices), out.q)
+
+
+@pytest.mark.parametrize("levels, named", [((5.0, 4.0), "5.0"), ((2.5, 4), "2.5"), ((8,) * 21, "more than an index"), ((True, 4), "True")])
+def test_levels_that_no_index_counts_are_refused(levels, named):
+    with pytest.raises(ValueError, match=named): FSQ(levels)
+
+
+def test_many_codes_are_counted_exactly():
+    fsq, z = FSQ((7,) * 22), 3 * torch.randn(50, 22)
+    out = fsq(z)
+    assert (out.indices >= 0).all() and torch.equal(fsq.decode(out.indices), out.q)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 from vector_quantize_pytorch import ResidualVQ as Theirs
 
-from rotvq import ResidualVQ, learn_after, rotation_trick, straight_through
+from rotvq import ProductVQ, ResidualVQ, VectorQuantizer, learn_after, rotation_trick, straight_through
 
 FORMS = [{}, {"codebook_dim": 3}, *({"codebook_dim": 3, "projection": "each", "gradient": gradient} for gradient in ("through", "held", "levels", "direct"))]
 WAYS = ["ste", "rotation", "rotation-until-used", "reflection", lambda z, q: q + 0 * z]
@@ -218,3 +218,132 @@ def test_options_of_all_levels_are_set_at_once():
     assert {(layer.frozen, layer.decay, layer.revive_after) for layer in vq.layers} == {(True, 0.5, 7)}
     with pytest.raises(ValueError, match="decay = 2"): vq.decay = 2
     with pytest.raises(AttributeError): vq.distance = "cosine"
+
+
+def test_skip_and_dropout_are_drawn_apart():
+    vq, z = stack(quantizer_dropout=0.5, skip=0.5), torch.randn(4000, 2, 6)
+    vq.learn()
+    q, indices, _ = vq(z)
+    past, fewer = (q == z).flatten(1).all(1), (indices < 0).flatten(1).any(1)
+    assert abs((past & fewer).float().mean() - past.float().mean() * fewer.float().mean()) < 0.02 and 0.3 < fewer.float().mean() < 0.36
+
+
+MAKE = [lambda **o: stack(**o), lambda **o: stack(codebook_dim=3, projection="each", **o), lambda **o: stack(quantizer_dropout=0.5, **o),
+        lambda **o: (torch.manual_seed(0), ProductVQ(6, 10, 2, init="normal", channel_first=False, **o))[1]]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("options", [{}, {"skip": 0.5}, {"revive_after": 2}, {"estimator": "rotation-until-used"}], ids=str)
+@pytest.mark.parametrize("make", range(len(MAKE)))
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_checkpoints_around_a_stack_change_nothing(make, options, reentrant, by_hand):
+    from torch.utils.checkpoint import checkpoint
+    pair = [MAKE[make](**options) for _ in range(2)]
+    if by_hand: [vq.learn() for vq in pair]
+    for step in range(4):
+        z = torch.randn(40, 3, 6, generator=torch.Generator().manual_seed(step))
+        leaves = [z.clone().requires_grad_() for _ in pair]
+        outs = [pair[0](leaves[0]), checkpoint(pair[1], leaves[1], use_reentrant=reentrant)]
+        assert torch.equal(outs[0][0], outs[1][0]) and torch.equal(outs[0][1], outs[1][1])
+        for q, _, loss in outs: (q.sin().sum() + loss).backward()
+        assert torch.equal(*(leaf.grad for leaf in leaves))
+        if by_hand: [vq.learn() for vq in pair]
+    for a, b in zip(*(vq.state_dict().values() for vq in pair), strict=True): assert torch.equal(a, b)
+
+
+def test_nothing_moves_within_a_pass():
+    for make in MAKE:
+        vq = make(skip=0.5)
+        vq(torch.randn(40, 3, 6))
+        assert all(layer.book.batches == 0 for layer in vq.layers)
+
+
+@pytest.mark.parametrize("estimator", ["ste", "rotation", "reflection"])
+@pytest.mark.parametrize("distance", ["cosine", "angle"])
+def test_a_stack_of_one_is_the_layer_for_every_distance(distance, estimator):
+    one, z = stack(levels=1, distance=distance, estimator=estimator, frozen=True), torch.randn(30, 6)
+    layer = VectorQuantizer(6, 10, distance=distance, estimator=estimator, frozen=True, channel_first=False)
+    layer.load_state_dict(one.layers[0].state_dict())
+    a, b = z.clone().requires_grad_(), z.clone().requires_grad_()
+    outs = one(a), layer(b)
+    for out in outs: (out.q.sin().sum() + out.loss).backward()
+    assert torch.equal(outs[0].q, outs[1].q)
+    assert_close(a.grad, b.grad)
+
+
+def test_a_cosine_stack_with_projections_has_the_gradient_of_the_peers_level():
+    torch.manual_seed(0)
+    theirs = Theirs(dim=6, codebook_size=10, num_quantizers=1, codebook_dim=3, use_cosine_sim=True, rotation_trick=False, route_gradients_to_input=True)
+    vq, z = ResidualVQ(6, 10, 1, codebook_dim=3, distance="cosine", estimator="ste", channel_first=False), torch.randn(2, 20, 6)
+    from rotvq import convert_state_dict
+    vq.load_state_dict(convert_state_dict(theirs.state_dict()))
+    grads = []
+    for layer in (vq, theirs):
+        leaf = z.clone().requires_grad_()
+        layer(leaf)[0].sin().sum().backward()
+        grads.append(leaf.grad)
+    assert_close(*grads)
+
+
+def test_a_shared_codebook_is_revived_on_vectors_of_every_level():
+    vq, z = stack(size=64, levels=4, shared_codebook=True, revive_after=1), 3 * torch.randn(300, 6)
+    vq.learn(), vq(z)
+    rows = vq.layers[0].book.collected["rows"].clone()
+    seen = [p for _, p, _, _ in copy.deepcopy(vq).eval()._walk(vq._rows(z, None), 4)]
+    near = [((rows[:, None] - p).abs().amax(2).amin(1) < 1e-5).sum() for p in seen]
+    assert all(n > 5 for n in near) and sum(near) >= 64
+
+
+def test_a_shared_codebook_that_stands_still_needs_no_learn():
+    for options in ({"frozen": True}, {}):
+        vq = stack(shared_codebook=True, **options)
+        with torch.set_grad_enabled(bool(options)): vq(torch.randn(5, 6))
+
+
+def test_two_compiled_passes_of_a_stack_with_the_rule_before_one_backward():
+    torch._dynamo.reset()
+    vq = stack(estimator="rotation-until-used")
+    plain, both = copy.deepcopy(vq), torch.compile(vq, backend="aot_eager")
+    grads = []
+    for net in (plain, both):
+        leaves = [torch.randn(8, 6, generator=torch.Generator().manual_seed(i)).requires_grad_() for i in range(2)]
+        sum(net(x)[0].sin().sum() for x in leaves).backward()
+        grads.append([x.grad for x in leaves])
+    for a, b in zip(*grads): assert_close(a, b)
+
+
+def test_numbers_of_numpy_and_lists_of_batches():
+    import numpy as np
+    torch._dynamo.reset()
+    vq = ResidualVQ(np.int64(6), np.int32(10), np.int64(3), codebook_dim=np.int64(4), heads=np.int64(1), min_quantizers=np.int64(2), init="normal", channel_first=False)
+    vq.learn()
+    torch.compile(vq, fullgraph=True, backend="aot_eager")(torch.randn(5, 6))
+    z = torch.randn(300, 6)
+    parts, whole = stack(size=16), stack(size=16)
+    parts.kmeans_init([z[:100], z[100:]], generator=torch.Generator().manual_seed(0)), whole.kmeans_init(z, generator=torch.Generator().manual_seed(0))
+    for a, b in zip(parts.layers, whole.layers): assert torch.equal(a.codebook, b.codebook)
+    with pytest.raises(ValueError, match="mask"): parts.kmeans_init([z, z], torch.ones(300, dtype=torch.bool))
+
+
+def test_attributes_are_checked_where_they_are_used():
+    vq, z = stack(codebook_dim=3, projection="each"), torch.randn(4, 5, 6)
+    vq.learn()
+    vq.reduction = "none"
+    assert vq(z).loss.shape == (4, 5, 3)
+    with pytest.raises(ValueError, match="reduction is 'typo'"): vq.reduction = "typo"
+    for name, value in (("gradient", "bogus"), ("skip", 1.5), ("quantizer_dropout", -3)):
+        other = copy.deepcopy(vq)
+        setattr(other, name, value)
+        with pytest.raises(ValueError, match=name): other(z)
+    product = ProductVQ(6, 10, 2)
+    product.estimator, product.reduction, product.automatic = "ste", "none", False
+    assert {(layer.estimator, layer.reduction, layer.book.automatic) for layer in product.layers} == {("ste", "none", False)}
+    seen = []
+    stack(estimator=lambda p, q: (seen.append(p.shape), q + 0 * p)[1])(z)
+    assert seen == [(20, 6)]                                              # vectors, as the layer hands them on
+
+
+@pytest.mark.parametrize("options, named", [({"num_quantizers": 2.0}, "num_quantizers = 2.0"), ({"codebook_size": 8.0}, "codebook_size = 8.0"), ({"codebook_size": True}, "codebook_size = True"), ({"dim": 4.0}, "dim = 4.0"),
+                                            ({"quantizer_dropout": None}, "quantizer_dropout = None"), ({"min_quantizers": 1.5}, "min_quantizers = 1.5"), ({"heads": True, "codebook_dim": 2}, "heads = True")])
+def test_what_is_no_number_is_named(options, named):
+    with pytest.raises(ValueError, match=named): ResidualVQ(**{"dim": 4, "codebook_size": 8, "num_quantizers": 3} | options)
