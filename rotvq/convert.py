@@ -209,12 +209,14 @@ def convert_back(
                 f"{prefix}{name} of theirs is {tuple(form.shape)}, and {where} of ours "
                 f"{tuple(value.shape)}: make both with the same options."
             )
-        asked |= set(where)
+        entry = "weight" if what in ("length", "direction") else what
+        entry = "codes" if at.endswith("book") else entry
+        asked |= {f"{one}.{entry}".rstrip(".") for one in where}
         theirs[prefix + name] = value.reshape(form.shape).to(form.dtype)
-    parts = {k.rpartition(".")[0] or k for k in ours if k != "idle"}
-    if parts - asked:
+    kept = {k for k in ours if "book." not in k or k.endswith("book.codes")} - {"idle"}
+    if kept - asked:
         raise ValueError(
-            f"Theirs has no place for {sorted(parts - asked)} of ours: make both with "
+            f"Theirs has no place for {sorted(kept - asked)} of ours: make both with "
             "the same options."
         )
     rest = {k: v for k, v in state.items() if not k.startswith(prefix)}

@@ -168,6 +168,7 @@ def test_the_way_back_names_what_our_layer_lacks():
     (lambda: ResidualVQ(8, 16, 2), lambda: peer.ResidualVQ(dim=8, codebook_size=16, num_quantizers=3), "no layers.2.book.codes"),
     (lambda: ResidualVQ(8, 16, 4), lambda: peer.ResidualVQ(dim=8, codebook_size=16, num_quantizers=2), "no place for .*layers.2.book"),
     (lambda: VectorQuantizer(8, 16, codebook_dim=4), lambda: peer.VectorQuantize(4, 16), "no place for .*project_in"),
+    (lambda: ResidualVQ(8, 16, 2, codebook_dim=4), lambda: nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"codebook": nn.Embedding(16, 4)}) for _ in range(2)]), "input_proj": nn.Conv1d(8, 4, 1, bias=False), "output_proj": nn.Conv1d(4, 8, 1, bias=False)}), "no place for .*project_in.0.bias"),
     (lambda: VectorQuantizer(8, 16), lambda: peer.VectorQuantize(8, 32), r"\(1, 32\)"),
     (lambda: VectorQuantizer(8, 16), lambda: nn.ModuleDict({"codebook": nn.Embedding(8, 16)}), r"\(8, 16\)"),
     (lambda: nn.Identity(), lambda: peer.VectorQuantize(8, 16), "no book.codes")])
