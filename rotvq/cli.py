@@ -45,7 +45,12 @@ def new_folder(base: Path) -> Path:
         try:
             out.mkdir(parents=True)
             return out
-        except FileExistsError:
+        except FileExistsError as error:
+            if not os.path.lexists(out):  # not this is there already, but a parent
+                raise OSError(
+                    f"{out} cannot be made: {error.filename} is no folder. Is it a "
+                    "link to one that is not there? Choose another with --out."
+                ) from error
             n, out = n + 1, base.with_name(f"{base.name}-{n + 1}")
 
 # %% ../nbs/91_cli.ipynb #25cc0871

@@ -25,7 +25,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from platformdirs import user_cache_path
 from torch import Tensor
 from .codebook import best_code, best_code_definition
 from .codebook import by_differences, by_differences_definition
@@ -34,7 +33,7 @@ from .codebook import lookup, lookup_definition, sum_by_code
 from .learning import average, average_definition
 from .rotation import pullback, pullback_definition
 from .step import gradient, gradient_definition, quantize, quantize_definition
-from .surroundings import exact_products
+from .surroundings import cache_folder, exact_products
 
 # %% ../nbs/85_gpu.ipynb #68685d5e
 try:
@@ -935,8 +934,7 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
 
 def known_choices() -> Path:
     "The file of what was measured."
-    folder = os.environ.get("ROTVQ_CACHE") or user_cache_path("rotvq")
-    return Path(folder) / "gpu.json"
+    return cache_folder() / "gpu.json"
 
 
 choices: dict[str, str] = {}  # of this process
@@ -969,8 +967,8 @@ def read_choices() -> dict:
 
 def write_choices() -> None:
     "Add to the file what this process knows, if it can be written."
-    file = known_choices()
     try:
+        file = known_choices()
         file.parent.mkdir(parents=True, exist_ok=True)
         new = file.with_name(f"{file.name}.{os.getpid()}")
         new.write_text(json.dumps(read_choices() | choices, indent=1), encoding="utf-8")

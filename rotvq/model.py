@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .quantizer import VectorQuantizer
+from .surroundings import usual_mode
 
 # %% ../nbs/10_model.ipynb #9c673787
 class ResidualBlock(nn.Module):
@@ -177,6 +178,7 @@ def replacing(file: Path):
         yield partial_file
         with open(partial_file, "rb+") as written:  # on the disk, before its name is
             os.fsync(written.fileno())
+        os.chmod(partial_file, usual_mode())  # safetensors writes for its owner only
         os.replace(partial_file, file)
     except (
         OSError,
@@ -267,6 +269,13 @@ def upgrade_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 M = TypeVar("M", bound=VQVAE)
 
 
+def _is_on_hub(name: str) -> bool:
+    "Whether it is a name there, and none of a folder here (`runs/NAME`, `./NAME`)."
+    user, *rest = name.split("/")
+    here = user in (".", "..", "runs") or Path(user).exists()
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not here
+
+
 def from_pretrained(
     kind: type[M],
     folder: str | Path,  # written by `save_pretrained`; or "user/name" on the Hub
@@ -274,9 +283,8 @@ def from_pretrained(
 ) -> M:
     """Load a model, in eval mode on the CPU. Raises `FileNotFoundError` or
     `ValueError` naming what is wrong."""
-    on_hub = isinstance(folder, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", folder)
-    if on_hub and not Path(folder).exists():
-        folder = _from_hub(str(folder))
+    if isinstance(folder, str) and _is_on_hub(folder):
+        folder = _from_hub(folder)
     folder = Path(folder)
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():

@@ -20,6 +20,7 @@ import time
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -58,14 +59,19 @@ def hardware(device: torch.device) -> dict:
 
 # %% ../nbs/87_runs.ipynb #1442b38f
 def commit_of(folder: Path) -> str | None:
-    "The commit of the clone that `folder` lies in, with a + where files were changed."
-    ask = ["git", "-C", str(folder), "describe", "--always", "--abbrev=12"]
-    ask += ["--exclude=*", "--dirty=+"]
+    """The commit of the clone that `folder` belongs to, with a + where files were
+    changed; `None` where no clone keeps its files (an environment inside another
+    project's)."""
+    git = ["git", "-C", str(folder)]
+    keeps = [*git, "ls-files", "--error-unmatch", "."]
+    ask = [*git, "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
+    options: Any = dict(capture_output=True, text=True, timeout=10)
     try:
-        done = subprocess.run(ask, capture_output=True, text=True, timeout=10)
+        if subprocess.run(keeps, **options).returncode:
+            return None
+        return subprocess.run(ask, **options).stdout.strip() or None
     except (OSError, subprocess.TimeoutExpired):  # no git here
         return None
-    return done.stdout.strip() or None
 
 # %% ../nbs/87_runs.ipynb #d6bd455d
 def _version(name: str) -> str | None:

@@ -4,14 +4,18 @@
 
 # %% auto #0
 __all__ = ['batch_first', 'repeat_for_each', 'in_backward', 'has_hooks_of', 'is_checkpointed', 'is_repeated', 'is_traced',
-           'first_time', 'outside_graphs', 'exact_products', 'apply_exactly', 'restore_exact']
+           'first_time', 'outside_graphs', 'exact_products', 'apply_exactly', 'restore_exact', 'usual_mode',
+           'cache_folder']
 
 # %% ../nbs/83_surroundings.ipynb #227a4109
+import os
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+from platformdirs import user_cache_path
 from torch import Tensor, nn
 from .codebook import best_code, by_differences, exact_dtype, lookup
 from .codebook import sum_by_code
@@ -195,3 +199,23 @@ def restore_exact(module: nn.Module, exact: Sequence[str]) -> Tensor | None:
             infinite = ~state.isfinite().view(len(state), -1).all(1)
             lost = infinite if lost is None else lost | infinite
     return lost
+
+# %% ../nbs/83_surroundings.ipynb #83c00002
+def usual_mode() -> int:
+    "Who may read a new file, by the umask, which can be read by setting it only."
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+def cache_folder() -> Path:
+    """For what can be made again: `ROTVQ_CACHE`, which may begin with `~`, else the
+    user's cache. `OSError` where a user without a home has named none."""
+    chosen = os.environ.get("ROTVQ_CACHE")
+    try:
+        return Path(chosen).expanduser() if chosen else user_cache_path("rotvq")
+    except RuntimeError as error:
+        raise OSError(
+            f"There is no home folder ({error}). Set ROTVQ_CACHE to a folder that can "
+            "be written to."
+        ) from error

@@ -261,3 +261,34 @@ def test_a_wrong_folder_is_blamed_on_whoever_named_it(monkeypatch):
     assert "ROTVQ_DATA" not in str(error.value)
     monkeypatch.setenv("ROTVQ_DATA", "elsewhere")
     with pytest.raises(DataError, match="elsewhere is not a folder. ROTVQ_DATA names it; unset it"): imagenet10()
+
+
+@pytest.mark.parametrize("kind, content", [("EPS", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n%%EndComments\nshowpage\n"), ("GIF", None), ("PPM", None)])
+def test_a_name_does_not_make_a_picture_of_another_format(tmp_path, kind, content):
+    "Pillow decides by content, and for some formats starts other programs, or code that is seldom tried."
+    file = tmp_path / "a.jpg"
+    if content is None: Image.new("RGB", (8, 8)).save(file, kind)
+    else: file.write_bytes(content)
+    with pytest.raises(DataError, match="a.jpg cannot be read as a picture"): data.decode_picture(file, 8)
+
+
+@pytest.mark.parametrize("kind", data.FORMATS)
+def test_the_formats_that_are_named_are_read_whatever_the_file_is_called(tmp_path, kind):
+    Image.new("RGB", (16, 16), (200, 10, 10)).save(tmp_path / "a.png", kind)
+    assert abs(int(data.decode_picture(tmp_path / "a.png", 8)[0].mean()) - 200) < 4
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
+    from rotvq import kernels
+    from rotvq.surroundings import cache_folder
+    def nobody(*args, **kwargs): raise RuntimeError("Could not determine home directory.")
+    monkeypatch.delenv("ROTVQ_CACHE", raising=False)
+    monkeypatch.setattr("rotvq.surroundings.user_cache_path", nobody)
+    with pytest.raises(DataError, match="Set ROTVQ_CACHE"): data.cache_dir()
+    assert kernels.read_choices() == {}
+    kernels.write_choices()                                               # cannot, and training goes on
+    monkeypatch.setattr(Path, "expanduser", nobody)
+    with pytest.raises(DataError, match="~nouser/x has no home folder"): imagenet10("~nouser/x")
+    monkeypatch.undo()
+    monkeypatch.setenv("ROTVQ_CACHE", "~/a")
+    assert data.cache_dir() == cache_folder() == Path.home() / "a" == kernels.known_choices().parent

@@ -1,6 +1,7 @@
 """A saved model: its folder, older layouts, and the Hugging Face Hub's."""
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -39,6 +40,14 @@ def test_a_name_of_the_hub_is_fetched(tmp_path, monkeypatch):
 def test_without_the_hub_library_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ValueError, match="pip install huggingface_hub"): VQVAE.from_pretrained("somebody/a-model")
+
+
+@pytest.mark.parametrize("name", ["runs/typo", "./typo", "../typo", "models/typo"])
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("models").mkdir()
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(snapshot_download=lambda *a, **k: pytest.fail("asked")))
+    with pytest.raises(FileNotFoundError, match="typo"): VQVAE.from_pretrained(name)
 
 
 def test_a_folder_comes_before_the_hub(tmp_path, monkeypatch):

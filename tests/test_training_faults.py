@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
@@ -302,3 +303,38 @@ def test_the_fingerprint_of_the_pictures_is_theirs(tmp_path):
     picture = next((tmp_path / "pictures" / "val").rglob("*.jpg"))
     picture.write_bytes(picture.read_bytes() + b"x")
     assert runs.data_fingerprint(Source(tmp_path / "pictures", "copy")) != here
+
+
+def test_a_commit_is_recorded_only_of_the_clone_that_keeps_the_files(tmp_path):
+    "An environment inside another project's clone lies in that clone, and is none of it."
+    git = lambda *words: subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@x", *words], check=True, capture_output=True, text=True).stdout.strip()
+    inside, kept = tmp_path / ".venv" / "rotvq", tmp_path / "rotvq"
+    for folder in (inside, kept): folder.mkdir(parents=True), (folder / "__init__.py").write_text("")
+    (tmp_path / ".gitignore").write_text(".venv\n")
+    git("init", "-q"), git("add", "."), git("commit", "-qm", "x")
+    head = git("rev-parse", "--short=12", "HEAD")
+    assert runs.commit_of(kept) == head and runs.commit_of(inside) is None and runs.commit_of(tmp_path.parent / "nothing") is None
+    (kept / "__init__.py").write_text("1")
+    assert runs.commit_of(kept) == head + "+"
+
+
+@pytest.mark.parametrize("kind", ["a link to nothing", "a file"])
+def test_runs_that_is_no_folder_is_named(tmp_path, kind):
+    from rotvq.cli import new_folder
+    held = tmp_path / "runs"
+    held.symlink_to(tmp_path / "gone") if kind == "a link to nothing" else held.write_text("")
+    with pytest.raises(OSError, match="runs"): new_folder(held / "a")
+    held.unlink()
+    assert [new_folder(held / "a").name for _ in range(3)] == ["a", "a-2", "a-3"]
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_files_are_for_whom_the_umask_says(tmp_path, umask, mode):
+    from rotvq.data import decode_all
+    before = os.umask(umask)
+    try:
+        VQVAE(8, 4, 16, 2, 1).save_pretrained(tmp_path / "model")
+        decode_all([0, 1], lambda job: np.zeros((3, 4, 4), np.uint8), 4, tmp_path / "cache" / "a.npy")
+    finally: os.umask(before)
+    files = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert len(files) >= 3 and {p.stat().st_mode & 0o777 for p in files} == {mode}, {p.name: oct(p.stat().st_mode) for p in files}
