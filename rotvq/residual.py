@@ -248,9 +248,10 @@ class ResidualVQ(Layers):
         "No parameter between the lookups: one estimator, from the sum to its input."
         x = rows.vectors.reshape(*rows.shape, self.dim)
         p = self._down(0, x).to(exact_dtype(x))
-        total, indices, losses = torch.zeros_like(p), [], []
+        total, indices, losses, many = torch.zeros_like(p), [], [], None
         for i, level in self._in_turn(count):
-            q, index, loss = level(p - total, self._mask(rows, count, i))
+            many = self._how_many(rows, count) if i == 1 else many
+            q, index, loss = level(p - total, self._mask(rows, many, i))
             total = total + q.detach()
             indices.append(index)
             losses.append(loss)
@@ -262,9 +263,10 @@ class ResidualVQ(Layers):
         "Projections between the lookups, which get a gradient, too."
         x = rows.vectors.reshape(*rows.shape, self.dim)
         total, done, inner = (torch.zeros_like(x) for _ in range(3))
-        indices, losses = [], []
+        indices, losses, many = [], [], None
         for i, level in self._in_turn(count):
-            mask = self._mask(rows, count, i)
+            many = self._how_many(rows, count) if i == 1 else many
+            mask = self._mask(rows, many, i)
             # `done` is the number of `total`, without its gradient
             seen = self._down(i, x - (total if self.gradient == "through" else done))
             code, index, loss = level(seen, mask)
@@ -339,16 +341,20 @@ class ResidualVQ(Layers):
             )
         return int(num_quantizers)
 
-    def _mask(self, rows: Rows, count: int, level: int) -> Tensor | None:
-        "Which vectors go through a level; `None`: all. Every sample has the first."
+    def _how_many(self, rows: Rows, count: int) -> Tensor | None:
+        "Levels that each vector goes through, the first always; `None`: all."
+        if not (self.training and self.quantizer_dropout):
+            return None
+        least, share = min(self.min_quantizers, count), self.quantizer_dropout
+        many = levels_of(rows, share, least, count, self._seed(1))
+        return many.reshape(rows.shape)
+
+    def _mask(self, rows: Rows, many: Tensor | None, level: int) -> Tensor | None:
+        "Which vectors go through a level; `None`: all."
         real = None if rows.real is None else rows.real.reshape(rows.shape)
-        if not (self.training and self.quantizer_dropout and level):
+        if many is None:
             return real
-        least = min(self.min_quantizers, count)
-        share = self.quantizer_dropout
-        many = levels_of(rows, share, least, count, self._seed(1)).reshape(rows.shape)
-        keep = many > level
-        return keep if real is None else keep & real
+        return many > level if real is None else (many > level) & real
 
     def _walk(self, rows: Rows, count: int, first=None):
         """Level by level the layer, what it gets, which of it is real, and indices;

@@ -8,7 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 from vector_quantize_pytorch import ResidualVQ as Theirs
 
-from rotvq import ProductVQ, ResidualVQ, VectorQuantizer, learn_after, rotation_trick, straight_through
+from rotvq import ProductVQ, ResidualVQ, VectorQuantizer, convert_state_dict, learn_after, rotation_trick, straight_through
 
 FORMS = [{}, {"codebook_dim": 3}, *({"codebook_dim": 3, "projection": "each", "gradient": gradient} for gradient in ("through", "held", "levels", "direct"))]
 WAYS = ["ste", "rotation", "rotation-until-used", "reflection", lambda z, q: q + 0 * z]
@@ -275,7 +275,6 @@ def test_a_cosine_stack_with_projections_has_the_gradient_of_the_peers_level():
     torch.manual_seed(0)
     theirs = Theirs(dim=6, codebook_size=10, num_quantizers=1, codebook_dim=3, use_cosine_sim=True, rotation_trick=False, route_gradients_to_input=True)
     vq, z = ResidualVQ(6, 10, 1, codebook_dim=3, distance="cosine", estimator="ste", channel_first=False), torch.randn(2, 20, 6)
-    from rotvq import convert_state_dict
     vq.load_state_dict(convert_state_dict(theirs.state_dict()))
     grads = []
     for layer in (vq, theirs):
