@@ -6,6 +6,8 @@ OLDEST := .venv-oldest
 # compat: the package is found even from the folder above, where the clone itself has its name
 PIP_FLAGS := --disable-pip-version-check -q --config-settings editable_mode=compat
 PACKAGE := settings.ini setup.py pyproject.toml
+# pip refuses where .venv is none (a bare link to Python, a lost pyvenv.cfg), and does not install into the system
+export PIP_REQUIRE_VIRTUALENV ?= 1
 
 .PHONY: help train test test-site test-peer test-integrations test-oldest gpu-check gpu-bundle full lab docs quarto export notebooks dist release-check clean
 .DEFAULT_GOAL := help

@@ -20,8 +20,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .data import Pictures, fetch
-from .model import VQVAE, replacing
+from .model import VQVAE, read_object, replacing
 from .quantizer import title_of
+from .runs import contents_of
 from .training import Run, to_float
 
 # %% ../nbs/89_report.ipynb #958d9e2c
@@ -122,7 +123,8 @@ def save_rows(rows: dict[str, Tensor], file: Path) -> None:
                 (label + i * (width * zoom + gap), top),
             )
     file.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(file)
+    with replacing(file) as partial_file:
+        sheet.save(partial_file)
 
 # %% ../nbs/89_report.ipynb #2d92b0af
 def save_pictures(run: Run, images: Pictures) -> list[Path]:
@@ -144,7 +146,8 @@ def save_pictures(run: Run, images: Pictures) -> list[Path]:
             file=sys.stderr,
         )
         return [run.out / "reconstructions.png"]
-    save_run_curves(run.rows, run.out / "curves.png")
+    with replacing(run.out / "curves.png") as file:
+        save_run_curves(run.rows, file)
     return [run.out / "reconstructions.png", run.out / "curves.png"]
 
 # %% ../nbs/89_report.ipynb #f9d57ad4
@@ -203,16 +206,24 @@ def draw_maps(run: Path, names: list[str]):
 
 # %% ../nbs/89_report.ipynb #2d6794e8
 def write_report(run: Path) -> Path:
-    "report.html in the folder of a run. Raises where the folder holds none."
-    run = Path(run)
+    """report.html in the folder of a run. `ValueError` where it holds none, or where
+    metrics.jsonl or run.json, which it names, are damaged."""
+    run, anew = Path(run), "Resuming the run, even a finished one, writes it anew."
     if not (run / "metrics.jsonl").exists():
         raise ValueError(
             f"{run} holds no run (no metrics.jsonl). Name the folder of one."
         )
-    rows = [
-        json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()
-    ]
-    run_info = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    metrics = run / "metrics.jsonl"
+    with contents_of(metrics, anew):
+        lines = metrics.read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        table = comparison_table(rows).html()
+        names = list(dict.fromkeys(row["estimator"] for row in rows))
+        if not names:
+            raise ValueError("it is empty")
+    run_info = read_object(run / "run.json")
+    with contents_of(run / "run.json", anew):
+        settings = Table(["field", "value"], run_info["run"]["preset"].items()).html()
     try:
         import matplotlib.pyplot as plt
 
@@ -221,13 +232,13 @@ def write_report(run: Path) -> Path:
         raise ValueError(
             'A report needs matplotlib: pip install "rotvq[plots]"'
         ) from error
-    names = list(dict.fromkeys(row["estimator"] for row in rows))
-    figures = run_curves(rows), draw_maps(run, names)
+    with contents_of(metrics, anew):
+        curves = run_curves(rows)
+    figures = curves, draw_maps(run, names)
     sheet = run / "reconstructions.png"
     pictures = [("Curves", figures[0]), ("Codebook map", figures[1])]
     pictures += [("Reconstructions", sheet)] if sheet.exists() else []
     record = {key: value for key, value in run_info.items() if key != "run"}
-    settings = run_info["run"]["preset"].items()
     parts = [f"<h2>{t}</h2><img alt='{t}' src='{_png(f)}'>" for t, f in pictures]
     for figure in figures:
         plt.close(figure)
@@ -236,8 +247,8 @@ def write_report(run: Path) -> Path:
         "<meta name='viewport' content='width=device-width'>"
         f"<title>{html.escape(run.resolve().name)}</title><style>{STYLE}</style>"
         f"<h1>{html.escape(run.resolve().name)}</h1>"
-        f"{comparison_table(rows).html()}{''.join(parts)}"
-        f"<h2>Settings</h2>{Table(['field', 'value'], settings).html()}"
+        f"{table}{''.join(parts)}"
+        f"<h2>Settings</h2>{settings}"
         f"<h2>Record</h2><pre>{html.escape(json.dumps(record, indent=1))}</pre>"
         "</html>\n"
     )

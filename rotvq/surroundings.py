@@ -5,22 +5,23 @@
 # %% auto #0
 __all__ = ['batch_first', 'repeat_for_each', 'in_backward', 'has_hooks_of', 'is_checkpointed', 'is_repeated', 'is_traced',
            'first_time', 'outside_graphs', 'exact_products', 'apply_exactly', 'restore_exact', 'usual_mode',
-           'cache_folder']
+           'cache_folder', 'as_number', 'to_json']
 
 # %% ../nbs/83_surroundings.ipynb #227a4109
+import json
 import os
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from platformdirs import user_cache_path
 from torch import Tensor, nn
 from .codebook import best_code, by_differences, exact_dtype, lookup
 from .codebook import sum_by_code
 from .rotation import pullback
-
 
 # %% ../nbs/83_surroundings.ipynb #91d677d6
 @lookup.register_fake
@@ -219,3 +220,19 @@ def cache_folder() -> Path:
             f"There is no home folder ({error}). Set ROTVQ_CACHE to a folder that can "
             "be written to."
         ) from error
+
+def as_number(value):
+    "A Python number for one of NumPy's or a tensor of one element; others as they are."
+    return value.item() if isinstance(value, (np.generic, Tensor)) else value
+
+
+def to_json(content, indent: int | None = None) -> str:
+    """JSON, with numbers of NumPy and tensors of one element as numbers. `TypeError`
+    names what has no place in it."""
+
+    def number(value):
+        if as_number(value) is value:
+            raise TypeError(f"{value!r} ({type(value).__name__}) cannot be saved.")
+        return as_number(value)
+
+    return json.dumps(content, indent=indent, default=number)

@@ -68,7 +68,7 @@ def leftovers(parent: Path) -> list[str]: return sorted(p.name for p in parent.i
 def test_download_whole(server, folder, tmp_path):
     server.body = archive(folder)
     target = tmp_path / "home" / "imagenet10"
-    assert download_imagenette(target, server.url, hashlib.md5(server.body).hexdigest()) == target
+    assert download_imagenette(target, server.url, hashlib.sha256(server.body).hexdigest()) == target
     assert leftovers(target.parent) == ["imagenet10"]
     assert len(list_pictures(target, "train")[0]) == 6 and len(list_pictures(target, "val")[0]) == 4
 
@@ -76,30 +76,32 @@ def test_download_whole(server, folder, tmp_path):
 @pytest.mark.parametrize("fault", ["cut off", "wrong hash", "no pictures"])
 def test_a_bad_download_leaves_nothing_and_a_repeat_succeeds(server, folder, tmp_path, fault):
     body = archive(folder)
-    md5 = hashlib.md5(body).hexdigest()
+    sha256 = hashlib.sha256(body).hexdigest()
     server.body, server.cut = (archive(tmp_path / "pics" / "train" / "n01") if fault == "no pictures" else body), (len(body) // 2 if fault == "cut off" else None)
     target = tmp_path / "home" / "imagenet10"
-    given = {"wrong hash": "0" * 32, "no pictures": hashlib.md5(server.body).hexdigest()}.get(fault, md5)
+    given = {"wrong hash": "0" * 64, "no pictures": hashlib.sha256(server.body).hexdigest()}.get(fault, sha256)
     with pytest.raises((DataError, OSError)) as error: download_imagenette(target, server.url, given)
     assert fault == "no pictures" or server.url in str(error.value)
     assert leftovers(target.parent) == []
     server.body, server.cut = body, None
-    download_imagenette(target, server.url, md5)
+    download_imagenette(target, server.url, sha256)
     assert leftovers(target.parent) == ["imagenet10"]
 
 
 def test_an_interrupted_download_leaves_nothing(server, folder, tmp_path, monkeypatch):
-    def interrupt(url, root, unpacked, *args):
-        (Path(unpacked) / "imagenette2-160" / "train").mkdir(parents=True)
+    def interrupt(archive, into):
+        (into / "imagenette2-160" / "train").mkdir(parents=True)
         raise KeyboardInterrupt
-    monkeypatch.setattr(data, "download_and_extract_archive", interrupt)
-    with pytest.raises(KeyboardInterrupt): download_imagenette(tmp_path / "home" / "imagenet10")
+    monkeypatch.setattr(data, "unpack", interrupt)
+    server.body = archive(folder)
+    digest = hashlib.sha256(server.body).hexdigest()
+    with pytest.raises(KeyboardInterrupt): download_imagenette(tmp_path / "home" / "imagenet10", server.url, digest)
     assert leftovers(tmp_path / "home") == []
 
 
 def test_search_order_and_one_download(server, folder, tmp_path, monkeypatch):
     server.body = archive(folder)
-    monkeypatch.setattr(data.download_imagenette, "__defaults__", (server.url, hashlib.md5(server.body).hexdigest(), 20))
+    monkeypatch.setattr(data.download_imagenette, "__defaults__", (server.url, hashlib.sha256(server.body).hexdigest(), 20))
     monkeypatch.setenv("ROTVQ_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("ROTVQ_DATA")
     monkeypatch.chdir(tmp_path)
@@ -115,7 +117,7 @@ def test_search_order_and_one_download(server, folder, tmp_path, monkeypatch):
 
 
 def test_no_network_is_one_line_and_the_sample(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(data.download_imagenette, "__defaults__", ("http://127.0.0.1:9/none.tgz", "0" * 32, 2))
+    monkeypatch.setattr(data.download_imagenette, "__defaults__", ("http://127.0.0.1:9/none.tgz", "0" * 64, 2))
     monkeypatch.setenv("ROTVQ_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("ROTVQ_DATA")
     monkeypatch.chdir(tmp_path)
@@ -202,19 +204,22 @@ def test_a_full_disk_is_reported_and_no_sample_taken(folder, tmp_path, monkeypat
     with pytest.raises(DataError, match="ROTVQ_CACHE"): ImageNet10("train", 16, Source(folder, "pics"))
 
     def full(*args): raise OSError(28, "No space left on device")
-    monkeypatch.setattr(data, "download_and_extract_archive", full)
+    monkeypatch.setattr(data, "download_url", full)
     monkeypatch.delenv("ROTVQ_DATA")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="No space left"): imagenet10()
 
 
-def test_two_downloads_at_once(folder, tmp_path, monkeypatch):
+def test_two_downloads_at_once(server, folder, tmp_path, monkeypatch):
     "The other process finished first: its folder is taken, and nothing of ours is left."
-    target = tmp_path / "home" / "imagenet10"
-    def race(url, root, unpacked, *args):
-        for place in (Path(unpacked) / "imagenette2-160", target): data.shutil.copytree(folder, place)
-    monkeypatch.setattr(data, "download_and_extract_archive", race)
-    assert download_imagenette(target) == target and leftovers(target.parent) == ["imagenet10"]
+    target, real = tmp_path / "home" / "imagenet10", data.unpack
+    def race(archive, into):
+        real(archive, into)
+        data.shutil.copytree(folder, target)
+    monkeypatch.setattr(data, "unpack", race)
+    server.body = archive(folder)
+    assert download_imagenette(target, server.url, hashlib.sha256(server.body).hexdigest()) == target
+    assert leftovers(target.parent) == ["imagenet10"]
 
 
 def test_writing_to_pictures_does_not_reach_the_cache(folder):
