@@ -3,22 +3,25 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
+DIST := .venv-dist
 # compat: the package is found even from the folder above, where the clone itself has its name
 PIP_FLAGS := --disable-pip-version-check -q --config-settings editable_mode=compat
 PACKAGE := settings.ini setup.py pyproject.toml
 # pip refuses where .venv is none (a bare link to Python, a lost pyvenv.cfg), and does not install into the system
 export PIP_REQUIRE_VIRTUALENV ?= 1
 
-.PHONY: help train test test-site test-peer test-integrations test-oldest gpu-check gpu-bundle full lab docs quarto export notebooks dist release-check clean
+.PHONY: help train check lint format test test-site test-peer test-integrations test-oldest test-twice gpu-check gpu-bundle full lab docs quarto export notebooks dist dist-check release-check clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train              train straight-through and rotation side by side on ImageNet-10, print the table"
+	@echo "make check              before every commit, a minute: lint, and the tests that need no compiler, browser or process"
 	@echo "make test               all notebooks and tests"
 	@echo "make test-site          the rendered site, page by page, in Chromium (needs Quarto)"
 	@echo "make test-integrations  ONNX, Lightning, accelerate, diffusers, transformers, encodec (installs them into .venv)"
 	@echo "make test-peer          the own tests of vector_quantize_pytorch with this layer in the place of theirs (fetches them)"
 	@echo "make test-oldest        the tests of the package with the oldest versions that settings.ini allows"
+	@echo "make test-twice         each cell of the notebooks executed twice in a row, as readers do"
 	@echo "make gpu-check          on a machine with a GPU, five minutes: tests, benchmarks, steps, the start of the full run, into gpu-check/"
 	@echo "make gpu-bundle         what that check needs on a machine without network, into gpu-bundle/"
 	@echo "make full               on a machine with a GPU: the full run, three seeds, and its figures in the chapter on the run"
@@ -26,12 +29,13 @@ help:
 	@echo "make docs               the site, into _docs/ (needs Quarto)"
 	@echo "make export             rotvq/, README.md and nbs/reference/ from the notebooks"
 	@echo "make notebooks          execute all notebooks in place, on the bundled sample"
-	@echo "make dist               the package as it is released, into dist/"
-	@echo "make clean              remove what can be made again (.venv and .venv-oldest too); data/ and runs/ stay"
+	@echo "make format             ruff's layout for all code but rotvq/, which is made from the notebooks"
+	@echo "make dist               the package as it is released, into dist/; make dist-check installs and tries its two files"
+	@echo "make clean              remove what can be made again (the environments .venv* too); data/ and runs/ stay"
 
 # An existing .venv is used as it is, so another build of PyTorch can be put there first.
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "rotvq needs Python 3.10 or newer, and %s is %s. Try: make PYTHON=python3.12 ..." % (sys.executable, sys.version.split()[0]))'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rotvq needs Python 3.11 or newer, and %s is %s. Try: make PYTHON=python3.12 ..." % (sys.executable, sys.version.split()[0]))'
 	@echo "==> making $(VENV)"
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "Python could not make $(VENV). On Debian and Ubuntu: apt install python3-venv"; exit 1; }
 
@@ -91,6 +95,9 @@ test-integrations: $(VENV)/integrations-ready
 test-oldest: $(OLDEST)/ready
 	@PATH="$(CURDIR)/$(OLDEST)/bin:$$PATH" python -m pytest $(foreach t,project gpu_check claims mutations explorables playground compatibility site jupyterlab,--ignore tests/test_$(t).py)
 
+test-twice: $(VENV)/dev-ready
+	@$(BIN)/python tools/twice.py
+
 gpu-check: $(VENV)/dev-ready
 	@$(BIN)/python benchmarks/gpu_check.py --minutes $(or $(MINUTES),5)
 
@@ -130,13 +137,32 @@ notebooks: export
 	@$(BIN)/nbdev_clean
 	@$(BIN)/python tools/readme.py
 
-dist: $(VENV)/dev-ready
-	@rm -rf dist
-	@$(BIN)/python -m build -q
+# An environment of its own: who releases needs neither PyTorch nor notebooks.
+$(DIST)/ready: settings.ini
+	@rm -rf $(DIST)
+	@$(PYTHON) -m venv $(DIST)
+	@$(DIST)/bin/python -m pip install --disable-pip-version-check -q $$(sed -n 's/^dist_requirements = //p' settings.ini)
+	@touch $@
+
+dist: $(DIST)/ready
+	@rm -rf dist build rotvq.egg-info
+	@$(DIST)/bin/python -m build -q
+	@$(DIST)/bin/python -m twine check --strict dist/*
+
+# Each file installed as a user would, away from the clone, and a picture through the model that it ships.
+dist-check: dist
+	@set -e; trial=$$(mktemp -d); trap 'rm -rf "$$trial"' EXIT; $(PYTHON) -m venv "$$trial/venv"; \
+	for file in "$(CURDIR)"/dist/*.whl "$(CURDIR)"/dist/*.tar.gz; do \
+	  echo "==> $${file##*/}"; \
+	  (cd "$$trial"; rm -f *.png; venv/bin/python -m pip uninstall -q -y rotvq 2>/dev/null; venv/bin/python -m pip install --disable-pip-version-check -q "$$file"; \
+	   venv/bin/rotvq --version; \
+	   sample=$$(venv/bin/python -c 'import rotvq, pathlib; print(pathlib.Path(rotvq.__file__).parent / "sample")'); \
+	   venv/bin/rotvq reconstruct "$$sample"/val/*/*.jpg; test -s reconstruction.png); \
+	done
 
 release-check:
 	@test "$(TAG)" = "v$$(sed -n 's/^version = //p' settings.ini)" || { echo "TAG is '$(TAG)', and settings.ini has version $$(sed -n 's/^version = //p' settings.ini)"; exit 1; }
 
 clean:
-	rm -rf $(VENV) $(OLDEST) _docs _proc build dist gpu-bundle .gpu-site *.egg-info nbs/nbdev.yml nbs/.last_checked .pytest_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(DIST) _docs _proc build dist gpu-bundle .gpu-site *.egg-info nbs/nbdev.yml nbs/.last_checked .pytest_cache .hypothesis
 	find rotvq nbs tests tools benchmarks \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +

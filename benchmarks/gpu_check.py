@@ -8,7 +8,7 @@ trainings at once, and as many epochs of the full run as the rest of the time al
 and its result is on disk at once: at most eight files in gpu-check/, of which report.json says what began, passed and took how long.
 Exits with 0 only if some part began and all that began passed.
 
-Runs from the source tree with Python 3.10 and PyTorch with torchvision; no network is needed. What else is missing comes from
+Runs from the source tree with Python 3.11 and PyTorch with torchvision; no network is needed. What else is missing comes from
 gpu-bundle/, which `make gpu-bundle` fills elsewhere: packages (installed into .gpu-site/) and pictures (unpacked into data/). The full
 run takes these, or those of ROTVQ_DATA, else the bundled sample, and the report says which. `--record`, in a clone of the repository,
 puts the results of a check into nbs/results/, named after the GPU, and makes the page of benchmarks anew.

@@ -49,10 +49,11 @@ def to_nowhere(stream) -> None:
 
 
 class Lasting:
-    "A stream for lines about a run, which goes on where they cannot be written."
+    """A stream for lines about a run, which goes on where they cannot be written. Where
+    they are `needed`, being what was asked for, that is an error."""
 
-    def __init__(self, stream):
-        self.stream, self.gone = stream, False
+    def __init__(self, stream, needed: bool = False):
+        self.stream, self.needed, self.gone = stream, needed, False
 
     def _try(self, call: Callable, *args) -> None:
         try:
@@ -61,6 +62,11 @@ class Lasting:
         except (OSError, ValueError) as error:
             self.gone = True
             to_nowhere(self.stream)
+            if isinstance(error, BrokenPipeError) and self.needed:
+                raise
+            if self.needed:
+                said = f"The output cannot be written ({error})."
+                raise OSError(said) from error
             print(
                 f"rotvq: the lines of this run cannot be written any more ({error}); "
                 "it goes on, and its figures are in metrics.jsonl",
@@ -96,7 +102,13 @@ def steady_streams() -> Iterator[None]:
                 others(message, category, filename, *more)
 
         warnings.showwarning = show
-        yield
+        try:
+            yield
+        finally:
+            try:
+                sys.stdout.flush()
+            except (OSError, ValueError):  # `rotvq --help | head`
+                to_nowhere(sys.stdout)
 
 # %% ../nbs/91_cli.ipynb #da23772f
 def new_folder(base: Path) -> Path:
@@ -374,8 +386,8 @@ class Reconstruct:
     checkpoint: Path | None = None
     # the sheet to write
     out: Path = Path("reconstruction.png")
-    # side of the square that the pictures are cut to; None: 128
-    size: int | None = None
+    # side of the square that the pictures are cut to, pixels
+    size: int = 128
 
 # %% ../nbs/91_cli.ipynb #cc1b2ef7
 def run_reconstruct(args: Reconstruct) -> None:
@@ -383,8 +395,9 @@ def run_reconstruct(args: Reconstruct) -> None:
     if not args.pictures:
         raise ValueError("Name at least one picture.")
     folder = checkpoint_folder(args.checkpoint or PRETRAINED)
-    model, size = VQVAE.from_pretrained(folder), args.size or 128
-    if size < 1 or size % (step := 2 ** model.config["downsamples"]):
+    model, size = VQVAE.from_pretrained(folder), args.size
+    step = 2 ** model.config["downsamples"]
+    if size < 1 or size % step:
         raise ValueError(
             f"--size {size} must be a multiple of {step}, for this model."
         )
@@ -464,18 +477,9 @@ def parse(argv: list[str]):
 def run_command(args) -> None:
     "What was asked for; of `train` the folder, of the others what they print."
     run = next(run for kind, run in COMMANDS.values() if isinstance(args, kind))
-    if isinstance(args, Train):
-        with redirect_stdout(Lasting(sys.stdout)):
-            run(args)
-        return
-    run(args)
-    try:
+    with redirect_stdout(Lasting(sys.stdout, needed=not isinstance(args, Train))):
+        run(args)
         sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:  # a full disk, and what was printed is what was asked for
-        to_nowhere(sys.stdout)
-        raise OSError(f"The output cannot be written ({error}).") from error
 
 
 def main(argv: list[str] | None = None) -> int:

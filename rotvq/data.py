@@ -83,7 +83,7 @@ def files_below(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
     "All visible files in a folder and in those below, through links too."
     real = os.path.realpath(folder)
     if real in above:
-        raise DataError(f"{folder} is a link to a folder above it. Remove the link.")
+        raise DataError(f"{folder} holds itself, by a link. Remove the link.")
     for entry in visible(folder):
         if entry.is_dir():
             yield from files_below(Path(entry.path), (*above, real))
@@ -330,6 +330,8 @@ def decode_picture(
     if not file.exists():
         raise DataError(f"{file} does not exist.", file)
     try:
+        with Image.open(file, formats=FORMATS) as image:
+            image.verify()  # the checksums of a PNG, which reading ignores
         with Image.open(file, formats=FORMATS) as image:
             image.draft("RGB", (size, size))
             image = upright(image)

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .learning import whole
 from .quantizer import VectorQuantizer
 from .surroundings import as_number, to_json, usual_mode
 
@@ -90,12 +91,12 @@ class Reconstruction(NamedTuple):
     loss: Tensor  # commitment loss, scalar
 
 # %% ../nbs/10_model.ipynb #3a9e5f10
-def check_shape(**numbers: int) -> None:
-    "Raise `ValueError` for numbers that make no model, naming the first."
-    for name, value in numbers.items():
-        least = 0 if name == "blocks" else 1
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} = {value!r} must be a whole number from {least}.")
+def check_shape(**numbers: int) -> dict[str, int]:
+    "The numbers as Python's. Raises `ValueError` where they make no model."
+    return {
+        name: whole(name, as_number(value), least=0 if name == "blocks" else 1)
+        for name, value in numbers.items()
+    }
 
 # %% ../nbs/10_model.ipynb #ed2a07ed
 class VQVAE(nn.Module):
@@ -120,9 +121,9 @@ class VQVAE(nn.Module):
         super().__init__()
         shape = dict(width=width, dim=dim, codebook_size=codebook_size)
         shape |= dict(downsamples=downsamples, blocks=blocks)
-        shape = {name: as_number(value) for name, value in shape.items()}
-        check_shape(**shape)
+        shape = check_shape(**shape)
         self.config = shape | quantizer
+        width, dim, codebook_size, downsamples, blocks = shape.values()
         self.encoder = Encoder(width, dim, downsamples, blocks)
         self.quantizer = VectorQuantizer(
             dim, codebook_size, channel_first=True, **quantizer

@@ -118,6 +118,8 @@ def check_types(config: Config) -> None:
     for name, kind in get_type_hints(Config).items():
         value = getattr(config, name)
         try:
+            if isinstance(value, bool) != (kind is bool):  # to Python it is a number
+                raise TypeCheckError("bool")
             check_type(value, kind)
         except TypeCheckError:
             is_choice = get_origin(kind) is Literal
