@@ -1,11 +1,14 @@
-"""Rotation trick, forward and backward: time and memory, side by side with straight-through and other implementations.
+"""Rotation trick, forward and backward: time and memory, side by side with straight-through and
+other implementations.
 
-    python benchmarks/estimators.py                 # all shapes, on the accelerator if there is one, else on the CPU
+    python benchmarks/estimators.py           # all shapes, on the accelerator if there is one
     python benchmarks/estimators.py --device cpu --rounds 15
 
-All candidates of a shape take turns in one run, so ratios are comparable even where the machine is not quiet. Writes
-nbs/results/estimators_<device>.json and, from it, nbs/benchmarks.qmd. Takes about five minutes on two cores.
+All candidates of a shape take turns in one run, so ratios are comparable even where the machine is
+not quiet. Writes nbs/results/estimators_<device>.json and, from it, nbs/benchmarks.qmd. Takes about
+five minutes on two cores.
 """
+
 import argparse
 from pathlib import Path
 
@@ -56,12 +59,20 @@ def measure(n: int, d: int, device: str, rounds: int) -> dict:
     z.requires_grad_()
     forms = candidates()
     for f in forms.values():
-        for _ in range(3): once(f, z, q, g)
+        for _ in range(3):
+            once(f, z, q, g)
     exact = once(rotation_trick, z.detach().double().requires_grad_(), q.double(), g.double())
-    for name in forms.keys() - {"plain STE", "plain STE, compiled"}:       # the same function, up to rounding
+    for name in forms.keys() - {
+        "plain STE",
+        "plain STE, compiled",
+    }:  # the same function, up to rounding
         error = (once(forms[name], z, q, g) - exact).norm(dim=-1) / exact.norm(dim=-1)
-        assert error.quantile(.999) < 1e-3 and (not name.startswith("rotvq") or error.max() < 1e-5), (name, error.max())
-    out = in_turns({name: lambda f=f: once(f, z, q, g) for name, f in forms.items()}, rounds, device)
+        assert error.quantile(0.999) < 1e-3 and (
+            not name.startswith("rotvq") or error.max() < 1e-5
+        ), (name, error.max())
+    out = in_turns(
+        {name: lambda f=f: once(f, z, q, g) for name, f in forms.items()}, rounds, device
+    )
     return {"shape": [n, d], "input_bytes": 4 * n * d, "results": out}
 
 
@@ -69,14 +80,24 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--out", type=Path, default=None, help="default: nbs/results/estimators_<device>.json, and the page")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=None,
+        help="default: nbs/results/estimators_<device>.json, and the page",
+    )
     args = parser.parse_args()
     shapes = []
     for n, d in SHAPES:
         shapes.append(measure(n, d, args.device, args.rounds))
         times = {name: f"{1e3 * r['median_s']:.2f} ms" for name, r in shapes[-1]["results"].items()}
         print(f"({n}, {d})", times, flush=True)
-    result = {"machine": machine(args.device), "rounds": args.rounds, "dtype": "float32", "shapes": shapes}
+    result = {
+        "machine": machine(args.device),
+        "rounds": args.rounds,
+        "dtype": "float32",
+        "shapes": shapes,
+    }
     save(result, "estimators", args.out)
 
 

@@ -1,10 +1,12 @@
-"""Trains the classifier that comes with the package: rotvq/judge/model.safetensors, and beside it what it was trained on.
+"""Trains the classifier that comes with the package: rotvq/judge/model.safetensors, and beside it
+what it was trained on.
 
     python benchmarks/judge.py [--data DIR]
 
-Twenty epochs on ImageNet-10 at 64 × 64: random crops and mirror images, label smoothing, one cycle of the learning rate. The weights
-are stored in float16. About ten minutes on two cores.
+Twenty epochs on ImageNet-10 at 64 × 64: random crops and mirror images, label smoothing, one cycle
+of the learning rate. The weights are stored in float16. About ten minutes on two cores.
 """
+
 import argparse
 import json
 import time
@@ -28,7 +30,7 @@ def varied(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     "The batch moved by up to eight pixels, half of it mirrored."
     down, right = torch.randint(0, 17, (2,), generator=generator).tolist()
     size, x = x.shape[-1], F.pad(x, (8, 8, 8, 8), mode="reflect")
-    x = x[..., down:down + size, right:right + size]
+    x = x[..., down : down + size, right : right + size]
     mirrored = torch.rand(len(x), generator=generator) < 0.5
     return torch.where(mirrored[:, None, None, None].to(x.device), x.flip(-1), x)
 
@@ -36,24 +38,32 @@ def varied(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 @torch.no_grad()
 def accuracy(judge: Judge, held: ImageNet10, device) -> float:
     judge.eval()
-    right = sum((judge(to_float(x.to(device))).argmax(1).cpu() == y).sum() for x, y in zip(held.images.split(256), held.labels.split(256)))
+    right = sum(
+        (judge(to_float(x.to(device))).argmax(1).cpu() == y).sum()
+        for x, y in zip(held.images.split(256), held.labels.split(256))
+    )
     return right.item() / len(held)
 
 
 def answers(judge: Judge) -> dict[str, int]:
-    "The class that the judge sees in each bundled photograph: no right one is there, but it is always the same."
+    """The class that the judge sees in each bundled photograph: no right one is there, but it is
+    always the same."""
     photos = [p for split in ("train", "val") for p in list_pictures(SAMPLE.root, split)[0]]
     x = to_float(torch.stack([torch.tensor(decode_picture(p, 64)) for p in photos]))
-    with torch.no_grad(): return dict(zip((p.stem for p in photos), judge.eval()(x).argmax(1).tolist()))
+    with torch.no_grad():
+        return dict(zip((p.stem for p in photos), judge.eval()(x).argmax(1).tolist()))
 
 
 def main():
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.add_argument("--data", help="see `rotvq train --help`")
     options.add_argument("--epochs", type=int, default=20)
     args = options.parse_args()
     source, device, began = imagenet10(args.data), best_device(), time.time()
-    if source == SAMPLE: raise SystemExit("This needs ImageNet-10: name its folder with --data.")
+    if source == SAMPLE:
+        raise SystemExit("This needs ImageNet-10: name its folder with --data.")
     train, val = (ImageNet10(split, 64, source) for split in ("train", "val"))
     torch.manual_seed(0)
     generator, batch = torch.Generator().manual_seed(0), 64
@@ -64,20 +74,47 @@ def main():
     for epoch in range(args.epochs):
         judge.train()
         for rows in torch.randperm(len(train), generator=generator).split(batch)[:steps]:
-            x = varied(to_float(train.images[rows].to(device)), generator).contiguous(memory_format=torch.channels_last)
-            with torch.autocast(device.type, torch.bfloat16): logits = judge(x)
-            loss = nn.functional.cross_entropy(logits.float(), train.labels[rows].to(device), label_smoothing=0.1)
+            x = varied(to_float(train.images[rows].to(device)), generator).contiguous(
+                memory_format=torch.channels_last
+            )
+            with torch.autocast(device.type, torch.bfloat16):
+                logits = judge(x)
+            loss = nn.functional.cross_entropy(
+                logits.float(), train.labels[rows].to(device), label_smoothing=0.1
+            )
             opt.zero_grad()
             loss.backward()
             opt.step()
             schedule.step()
-        print(f"epoch {epoch + 1:2}: loss {loss.item():.3f}, right on validation {accuracy(judge, val, device):.1%}, {time.time() - began:.0f} s", flush=True)
+        print(
+            f"epoch {epoch + 1:2}: loss {loss.item():.3f}, right on validation"
+            f" {accuracy(judge, val, device):.1%}, {time.time() - began:.0f} s",
+            flush=True,
+        )
     OUT.mkdir(exist_ok=True)
-    halved = {name: value.half() if value.is_floating_point() else value for name, value in judge.cpu().state_dict().items()}
-    save_file({name: value.contiguous() for name, value in halved.items()}, OUT / "model.safetensors")
-    judge.load_state_dict({name: value.float() if value.is_floating_point() else value for name, value in halved.items()})
-    about = {"classes": train.classes, "accuracy": accuracy(judge, val, torch.device("cpu")), "answers": answers(judge), "validation pictures": len(val), "epochs": args.epochs,
-             "pictures": data_fingerprint(source), "minutes": round((time.time() - began) / 60, 1), "machine": hardware(device)}
+    halved = {
+        name: value.half() if value.is_floating_point() else value
+        for name, value in judge.cpu().state_dict().items()
+    }
+    save_file(
+        {name: value.contiguous() for name, value in halved.items()}, OUT / "model.safetensors"
+    )
+    judge.load_state_dict(
+        {
+            name: value.float() if value.is_floating_point() else value
+            for name, value in halved.items()
+        }
+    )
+    about = {
+        "classes": train.classes,
+        "accuracy": accuracy(judge, val, torch.device("cpu")),
+        "answers": answers(judge),
+        "validation pictures": len(val),
+        "epochs": args.epochs,
+        "pictures": data_fingerprint(source),
+        "minutes": round((time.time() - began) / 60, 1),
+        "machine": hardware(device),
+    }
     (OUT / "about.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 

@@ -22,13 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, Union
 
-import rotvq
 import torch
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, subcommand
 
-from .data import CROPS, SAMPLE, ImageNet10, cache_dir, decode_picture
-from .data import fetch, imagenet10, list_pictures
+import rotvq
+from .data import CROPS, SAMPLE, ImageNet10, cache_dir, decode_picture, fetch
+from .data import imagenet10, list_pictures
 from .distributed import best_device
 from .metrics import judge_classes, judged, load_judge, perceptual
 from .model import VQVAE, read_config
@@ -38,8 +38,7 @@ from .report import CAVEAT, comparison_table, save_pictures, save_rows
 from .report import write_report
 from .runs import Stopped, contents_of, forget_folder, load_state, states_of
 from .training import PRESETS, Config, check_config, check_run, evaluate
-from .training import find_preset
-from .training import to_float, train
+from .training import find_preset, to_float, train
 
 # %% ../nbs/91_cli.ipynb #b7d10c52
 def to_nowhere(stream) -> None:
@@ -328,8 +327,7 @@ def in_full(model: VQVAE, dataset: ImageNet10) -> dict:
     device = next(model.parameters()).device
     chunks = list(torch.arange(len(dataset)).split(128))
     parts = [
-        to_float(part.to(device))
-        for part in fetch(dataset.images, chunks, device)
+        to_float(part.to(device)) for part in fetch(dataset.images, chunks, device)
     ]
     x, x_hat = torch.cat(parts), torch.cat([model(part).x_hat for part in parts])
     measures = perceptual(x, x_hat)
@@ -398,9 +396,7 @@ def run_reconstruct(args: Reconstruct) -> None:
     model, size = VQVAE.from_pretrained(folder), args.size
     step = 2 ** model.config["downsamples"]
     if size < 1 or size % step:
-        raise ValueError(
-            f"--size {size} must be a multiple of {step}, for this model."
-        )
+        raise ValueError(f"--size {size} must be a multiple of {step}, for this model.")
     if any(args.out.resolve() == picture.resolve() for picture in args.pictures):
         raise ValueError(f"--out {args.out} would write over a picture: name another.")
     pictures = [torch.tensor(decode_picture(p, size)) for p in args.pictures]

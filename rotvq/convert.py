@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+
 from .learning import NEVER_CHOSEN, salt_of
 
 # %% ../nbs/86_exchange.ipynb #e3928a3c
@@ -156,13 +157,17 @@ def _map(found: dict[str, Tensor]) -> dict[str, Tensor]:
 def _books(to: str, found: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     "Codebooks stacked in the first dimension, one of each: (1, K, d), or a head each."
     ndims = {"counts": 1}
-    found = {k: v if k == "ready" or v.ndim > ndims.get(k, 2) else v[None]
-             for k, v in found.items()}
+    found = {
+        k: v if k == "ready" or v.ndim > ndims.get(k, 2) else v[None]
+        for k, v in found.items()
+    }
     heads = max(len(v) for k, v in found.items() if k != "ready")
     names = [to] if heads == 1 else [f"layers.{h}.book" for h in range(heads)]
     part = lambda k, v, h: v.flatten()[0] if k == "ready" else v[h]
-    return {name: {k: part(k, v, h) for k, v in found.items()}
-            for h, name in enumerate(names)}
+    return {
+        name: {k: part(k, v, h) for k, v in found.items()}
+        for h, name in enumerate(names)
+    }
 
 
 def _book(found: dict[str, Tensor], learnable: bool) -> dict[str, Tensor]:
@@ -195,13 +200,18 @@ def convert_back(
 ) -> dict[str, Tensor]:  # for load_state_dict of theirs, or of their model
     """The way back: the state of our layer as that of another library. All that is not
     the layer's comes from `state`, and where it has nothing, from `like`."""
-    ours = {k[len(prefix) :]: v.detach() for k, v in state.items()
-            if k.startswith(prefix)}
+    ours = {
+        k[len(prefix) :]: v.detach() for k, v in state.items() if k.startswith(prefix)
+    }
     theirs, asked = {}, set()
     for name, (at, what) in places(like, prefix).items():
         where = _places_of_ours(ours, at)
-        found = [_of_book(ours, one, what) if one.endswith("book")
-                 else _of_map(ours, one, what) for one in where]
+        found = [
+            _of_book(ours, one, what)
+            if one.endswith("book")
+            else _of_map(ours, one, what)
+            for one in where
+        ]
         value = torch.stack(found).amin() if what == "ready" else torch.stack(found)
         form = like[prefix + name]
         if _long(value.shape) != _long(form.shape):
@@ -229,8 +239,10 @@ def _long(shape: torch.Size) -> list[int]:
 
 def _places_of_ours(ours: dict[str, Tensor], at: str) -> list[str]:
     "Where ours has what theirs has there: one place, or one for each head."
-    books = sorted({k.removesuffix(".codes") for k in ours if k.endswith("book.codes")},
-                   key=lambda book: (len(book), book))
+    books = sorted(
+        {k.removesuffix(".codes") for k in ours if k.endswith("book.codes")},
+        key=lambda book: (len(book), book),
+    )
     if at == "book" and "book" not in books:  # a codebook for each head
         return books or [at]
     shared = books == ["layers.0.book"] and at.endswith("book")

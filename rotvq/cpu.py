@@ -9,9 +9,10 @@ __all__ = ['NEAR_OPPOSITE', 'SAFE', 'BLOCK', 'SMALL', 'GROUP', 'FEW', 'pullback_
 # %% ../nbs/84_cpu.ipynb #b3eb99f1
 import torch
 from torch import Tensor
-from .codebook import best_code, best_code_definition
-from .codebook import by_differences, by_differences_definition
-from .codebook import code_sums_definition, lookup, lookup_definition
+
+from .codebook import best_code, best_code_definition, by_differences
+from .codebook import by_differences_definition, code_sums_definition, lookup
+from .codebook import lookup_definition
 from .rotation import mixed, pullback, pullback_definition
 from .step import gradient, gradient_by, quantize, quantize_by
 from .surroundings import exact_products
@@ -54,7 +55,6 @@ def pullback_of_few(g, z, q, gamma, mirror: bool, weight) -> Tensor:
     out.mul_(qq / zz if gamma is None else gamma.unsqueeze(-1))
     out = mixed(weight, out, g_)
     return out.to(g.dtype, memory_format=torch.contiguous_format)
-
 
 # %% ../nbs/84_cpu.ipynb #80ed2c75
 BLOCK = 2**18  # numbers of a block: what is made on the way stays in the cache
@@ -101,7 +101,6 @@ def pullback_in_blocks(
         if w is not None:
             to.copy_(mixed(w, to, rows[0]))
     return out
-
 
 # %% ../nbs/84_cpu.ipynb #c30499d0
 GROUP = 16  # neighbouring codes whose best score is found together

@@ -417,9 +417,7 @@ def decode_all(
                 raise OSError(
                     f"{need / 1e6:.0f} MB are needed and {free / 1e6:.0f} MB free"
                 )
-            handle, name = tempfile.mkstemp(
-                prefix=".", suffix=".npy", dir=cache.parent
-            )
+            handle, name = tempfile.mkstemp(prefix=".", suffix=".npy", dir=cache.parent)
             partial_file = Path(name)
             pool = ThreadPoolExecutor(os.cpu_count())
             with open(handle, "wb") as file, pool:

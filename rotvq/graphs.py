@@ -64,5 +64,6 @@ class Replayed:
         except RuntimeError as error:
             reason = (str(error).splitlines() or [""])[0]
             self.warm = -1  # not again
-            warnings.warn(f"The training step is no CUDA graph, and slower: {reason}")
+            said = f"The training step is no CUDA graph, and slower: {reason}"
+            warnings.warn(said, stacklevel=2)
         return self.replay is not None

@@ -26,10 +26,10 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor
-from .codebook import best_code, best_code_definition
-from .codebook import by_differences, by_differences_definition
-from .codebook import code_sums_definition, exact_dtype
-from .codebook import lookup, lookup_definition, sum_by_code
+
+from .codebook import best_code, best_code_definition, by_differences
+from .codebook import by_differences_definition, code_sums_definition
+from .codebook import exact_dtype, lookup, lookup_definition, sum_by_code
 from .learning import average, average_definition
 from .rotation import pullback, pullback_definition
 from .step import gradient, gradient_definition, quantize, quantize_definition
@@ -687,7 +687,6 @@ def pullback_agrees(d: int, dtype: torch.dtype, device) -> bool:
         bad = ~right.isfinite().all(1)
         close.append(torch.where(bad, ~ours.isfinite().all(1), same))
     return bool(torch.cat(close).all())
-
 
 # %% ../nbs/85_gpu.ipynb #80b00002
 def gradients_agree(d: int, device) -> bool:

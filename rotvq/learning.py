@@ -103,7 +103,6 @@ def unused_within_reach(
     long = torch.where(unused, 0, length).sum() / (~unused).sum()  # NaN without any
     return (unused & ~(length >= long / 4)).float().mean()
 
-
 # %% ../nbs/07_learning.ipynb #a6685987
 def check_options(book: "Codebook") -> None:
     "Raise `ValueError` for an option of a codebook that makes no sense."
@@ -741,4 +740,3 @@ def rotation_until_used(
     if not isinstance(weight, Tensor):
         weight = torch.full((), weight, dtype=exact_dtype(z), device=z.device)
     return along(lambda z, q: held_map(z, q, None, False, weight), z, q, dim)
-

@@ -55,7 +55,7 @@ def frechet_distance(
     return ((a.mean(0) - b.mean(0)).square().sum() + spread).clamp_min(0).item()
 
 # %% ../nbs/11_metrics.ipynb #5a445bb4
-NEEDED = "pip install \"rotvq[metrics]\""
+NEEDED = 'pip install "rotvq[metrics]"'
 
 
 def _of_library(

@@ -391,9 +391,7 @@ def run_curves(
         ticks = [0.015, 0.02, 0.03, 0.05, 0.1]
         axes[0].set_yticks(ticks, ticks)
         axes[0].minorticks_off()
-    axes[2].yaxis.set_major_formatter(
-        plt.matplotlib.ticker.PercentFormatter(1)
-    )
+    axes[2].yaxis.set_major_formatter(plt.matplotlib.ticker.PercentFormatter(1))
     fig.legend(
         *axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3
     )

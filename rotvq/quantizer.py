@@ -11,8 +11,16 @@ __all__ = ['Estimator', 'ESTIMATORS', 'TITLES', 'T', 'REDUCTIONS', 'Quantized', 
 import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, NoReturn
-from typing import TypeVar, cast
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Generic,
+    Literal,
+    NamedTuple,
+    NoReturn,
+    TypeVar,
+    cast,
+)
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +61,6 @@ TITLES = {
     "rotation-until-used": "rotation until used",
     "reflection": "reflection",
 }
-
 
 # %% ../nbs/08_quantizer.ipynb #7c27543f
 def function_of(estimator: str | Estimator) -> Estimator:
@@ -188,7 +195,6 @@ def with_gradient(
     turns, mirror = kind
     return held_map(z, q, None, mirror, **more) if turns else straight_through(z, q)
 
-
 # %% ../nbs/08_quantizer.ipynb #e80892df
 def drawn(
     rows: Rows,  # of a batch of samples, the first dimension of its shape
@@ -214,7 +220,6 @@ def skips(rows: Rows, share: Tensor | float, seed: Tensor) -> Tensor:
     "Which samples, a `share` of them, pass by the lookup: `(N,)` bool."
     share = torch.as_tensor(share).float()  # in half precision 2³¹ is infinite
     return of_vectors(rows, drawn(rows, seed) < share * (2**31 - 1))
-
 
 # %% ../nbs/08_quantizer.ipynb #08c00001
 def check_heads(dim: int, codebook_dim: int | None, heads: int) -> None:

@@ -14,8 +14,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from .codebook import code_counts, exact_dtype, nearest_code
-from .codebook import without_autocast
+from .codebook import code_counts, exact_dtype, nearest_code, without_autocast
 from .layout import Rows, check_indices, down_and_up, project
 from .learning import NEVER_CHOSEN, unused_within_reach, whole
 from .names import refuse

@@ -20,8 +20,8 @@ from .householder import unit
 from .layout import Rows, check_indices, down_and_up, project
 from .learning import is_whole, whole
 from .names import refuse
-from .quantizer import Diagnosis, Estimator, Quantized, VectorQuantizer
-from .quantizer import REDUCTIONS, check_heads, drawn, function_of
+from .quantizer import REDUCTIONS, Diagnosis, Estimator, Quantized
+from .quantizer import VectorQuantizer, check_heads, drawn, function_of
 from .quantizer import of_vectors, skips, takes_weight, with_gradient
 
 # %% ../nbs/18_residual.ipynb #18a00008
@@ -188,8 +188,10 @@ class ResidualVQ(Layers):
         projects = any(width != dim for width in widths)
         widths = widths[: None if projection == "each" else 1] if projects else []
         maps = [
-            (nn.Linear(dim, width, bias=projection_bias),
-             nn.Linear(width, dim, bias=projection_bias))
+            (
+                nn.Linear(dim, width, bias=projection_bias),
+                nn.Linear(width, dim, bias=projection_bias),
+            )
             for width in widths
         ]
         self.project_in = nn.ModuleList(down for down, _ in maps)

@@ -13,6 +13,7 @@ import warnings
 
 import torch
 from torch import Tensor
+
 from .codebook import exact_dtype
 from .householder import householder_matrix, unit
 from .ste import HeldFunction, along, check_pair
@@ -82,7 +83,6 @@ def pullback_definition(
     out = mixed(weight, turned, g_)
     return out.to(g.dtype, memory_format=torch.contiguous_format)
 
-
 # %% ../nbs/04_rotation.ipynb #11122ff7
 pullback = torch.library.custom_op(
     f"{__name__.split('.')[0]}::pullback", pullback_definition, mutates_args=()
@@ -123,14 +123,12 @@ class Pullback(HeldFunction):
         z, q, gamma, weight = ctx.saved_tensors
         return Pullback.apply(g_dot, z, q, gamma, ctx.mirror, weight)
 
-
 # %% ../nbs/04_rotation.ipynb #e14dba08
 def pushforward(u: Tensor, z: Tensor, q: Tensor, gamma, weight, mirror: bool) -> Tensor:
     """`w γ M u + (1 − w) u`: the transpose of the map from ẑ to q̂ is the one from q̂
     to ẑ."""
     scale = length_ratio(z, q) if gamma is None else gamma
     return Pullback.apply(u, q, z, scale, mirror, weight)
-
 
 # %% ../nbs/04_rotation.ipynb #a7c627b0
 class HeldMap(HeldFunction):
@@ -155,8 +153,6 @@ class HeldMap(HeldFunction):
         z, q, gamma, weight = held
         return pull(g, z, q, gamma, ctx.mirror, weight), *[None] * 4
 
-
-
 # %% ../nbs/04_rotation.ipynb #94680a1c
 class HeldMapDual(HeldMap):
     "The same with a derivative in forward mode, which `torch.compile` does not take."
@@ -165,8 +161,6 @@ class HeldMapDual(HeldMap):
     def jvp(ctx, z_dot, *_):
         return pushforward(z_dot, *ctx.saved_tensors, ctx.mirror)
 
-
-
 # %% ../nbs/04_rotation.ipynb #5b418628
 def held_map(z: Tensor, q: Tensor, gamma, mirror: bool, weight=None) -> Tensor:
     "`HeldMap` for a pair that is checked first."
@@ -174,8 +168,6 @@ def held_map(z: Tensor, q: Tensor, gamma, mirror: bool, weight=None) -> Tensor:
     z, q = check_pair(z, q)
     gamma, weight = expand(gamma, "gamma", z), expand(weight, "weight", z)
     return function.apply(z, q, gamma, mirror, weight)
-
-
 
 # %% ../nbs/04_rotation.ipynb #bb901af4
 def warn_about_lambda(z: Tensor, q: Tensor, when: str, stacklevel: int) -> None:
@@ -244,4 +236,3 @@ def expand(scale: float | Tensor | None, name: str, z: Tensor) -> Tensor | None:
             f"{tuple(z.shape[:-1])}, the shape of z {tuple(z.shape)} without its last "
             "dimension."
         ) from None
-

@@ -209,9 +209,7 @@ RESULTS += ("report.html", "reconstructions.png", "curves.png")
 RESULTS += ("trace.json", "profile.txt")
 
 
-def check_folder(
-    folder: Path, resume: bool, estimators: Collection[str] = ()
-) -> None:
+def check_folder(folder: Path, resume: bool, estimators: Collection[str] = ()) -> None:
     "Raise unless there is a run to resume, or, for a new one, nothing to write over."
     if resume and not states_of(folder):
         raise ValueError(
@@ -252,8 +250,6 @@ def load_state(out: Path) -> dict:
     raise ValueError(
         f"No state in {out} can be read. Start another run. The newest: {reasons[0]}"
     )
-
-
 
 
 @contextmanager

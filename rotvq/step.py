@@ -10,6 +10,7 @@ __all__ = ['quantize', 'gradient', 'KINDS', 'quantize_definition', 'quantize_by'
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
 from .codebook import lookup, sum_by_code, without_autocast
 from .rotation import Pullback, expand, pullback, pushforward
 
@@ -89,9 +90,7 @@ class AtOnce(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z, codes, distance, tile, commitment, kind, weight, *state):
-        value, q, indices, loss = quantize(
-            z, codes, distance, tile, commitment, *state
-        )
+        value, q, indices, loss = quantize(z, codes, distance, tile, commitment, *state)
         ctx.commitment, (ctx.turns, ctx.mirror) = commitment, kind
         ctx.mark_non_differentiable(indices)
         ctx.set_materialize_grads(False)

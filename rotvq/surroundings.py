@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from platformdirs import user_cache_path
 from torch import Tensor, nn
-from .codebook import best_code, by_differences, exact_dtype, lookup
-from .codebook import sum_by_code
+
+from .codebook import best_code, by_differences, exact_dtype, lookup, sum_by_code
 from .rotation import pullback
 
 # %% ../nbs/83_surroundings.ipynb #91d677d6
@@ -220,6 +220,7 @@ def cache_folder() -> Path:
             f"There is no home folder ({error}). Set ROTVQ_CACHE to a folder that can "
             "be written to."
         ) from error
+
 
 def as_number(value):
     "A Python number for one of NumPy's or a tensor of one element; others as they are."

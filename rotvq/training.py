@@ -33,18 +33,19 @@ from tqdm import tqdm
 from typeguard import TypeCheckError, check_type
 
 from .codebook import code_counts, perplexity, usage
-from .data import SAMPLE, DataError, ImageNet10, Pictures, Source
-from .data import fetch, imagenet10
+from .data import SAMPLE, DataError, ImageNet10, Pictures, Source, fetch
+from .data import imagenet10
 from .distributed import all_reduce_sum, first_before_others, from_first
 from .distributed import launched, rank_of, world_size
 from .graphs import Replayed
-from .metrics import psnr, quantization_error
 from .learning import Codebook, learn_after
+from .metrics import psnr, quantization_error
 from .model import VQVAE, check_shape, replacing
 from .quantizer import ESTIMATORS, Estimator
-from .runs import Board, Requests, Stopped, alone_in, check_folder, contents_of
-from .runs import load_state, note_damaged, record, same_pictures, starved
-from .runs import states_of, whole_lines, write_atomically, write_state
+from .runs import Board, Requests, Stopped, alone_in, check_folder
+from .runs import contents_of, load_state, note_damaged, record
+from .runs import same_pictures, starved, states_of, whole_lines
+from .runs import write_atomically, write_state
 from .surroundings import as_number, to_json
 
 # %% ../nbs/12_training.ipynb #922025b0

@@ -51,4 +51,3 @@ def normalized(model: VQVAE) -> None:
                 block.conv3 = nn.Sequential(block.conv3, norm)
     norm = nn.GroupNorm(1, model.quantizer.dim, affine=False)
     model.encoder = nn.Sequential(model.encoder, norm)
-

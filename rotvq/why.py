@@ -166,4 +166,3 @@ def cloud_of(model: VQVAE, x: Tensor, steps: int = 20) -> Cloud:
     dimensions = mu.sum().square() / mu.square().sum()
     errors = ((model.decoder(v) - x).square().mean() for v in (q, z))
     return Cloud(*map(float, (*errors, error, floor, dimensions)))
-

@@ -16,5 +16,7 @@ def own_cache(tmp_path_factory):
     before = os.environ.get("ROTVQ_CACHE")
     os.environ["ROTVQ_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     yield
-    if before is None: del os.environ["ROTVQ_CACHE"]
-    else: os.environ["ROTVQ_CACHE"] = before
+    if before is None:
+        del os.environ["ROTVQ_CACHE"]
+    else:
+        os.environ["ROTVQ_CACHE"] = before

@@ -2,10 +2,12 @@
 
     python tests/mutate.py JOBS.json
 
-Each job names a check, and perhaps a text and what to put in its place, in the package and in the chapter of the check. Of the chapter
-only those cells run that define what the check needs. Prints one JSON line a job: the check's outcome. Every job has a process of its
-own, forked from one that has imported torch, so that none sees another's change.
+Each job names a check, and perhaps a text and what to put in its place, in the package and in the
+chapter of the check. Of the chapter only those cells run that define what the check needs. Prints
+one JSON line a job: the check's outcome. Every job has a process of its own, forked from one that
+has imported torch, so that none sees another's change.
 """
+
 import ast
 import json
 import os
@@ -20,11 +22,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def chapter_of(check: str) -> tuple[str, list[str]]:
-    "Name and code cells of the notebook with the check, up to it, but for the first, which installs the package where it is missing."
+    """Name and code cells of the notebook with the check, up to it, but for the first, which
+    installs the package where it is missing."""
     for file in sorted((ROOT / "nbs").glob("*.ipynb")):
-        cells = ["".join(c["source"]) for c in json.loads(file.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+        cells = [
+            "".join(c["source"])
+            for c in json.loads(file.read_text(encoding="utf-8"))["cells"]
+            if c["cell_type"] == "code"
+        ]
         for k, source in enumerate(cells):
-            if re.search(rf"^#\| label: {check}$", source, re.MULTILINE): return file.name, cells[1:k + 1]
+            if re.search(rf"^#\| label: {check}$", source, re.MULTILINE):
+                return file.name, cells[1 : k + 1]
     raise LookupError(check)
 
 
@@ -32,19 +40,26 @@ def names_of(tree: ast.AST) -> tuple[set[str], set[str]]:
     "Names that a cell gives a value or changes, and names that it uses."
     gives, uses = set(), set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Name): (uses if isinstance(node.ctx, ast.Load) else gives).add(node.id)
-        elif isinstance(node, ast.FunctionDef | ast.ClassDef): gives.add(node.name)
-        elif isinstance(node, ast.Import | ast.ImportFrom): gives |= {(a.asname or a.name).split(".")[0] for a in node.names}
+        if isinstance(node, ast.Name):
+            (uses if isinstance(node.ctx, ast.Load) else gives).add(node.id)
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            gives.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            gives |= {(a.asname or a.name).split(".")[0] for a in node.names}
     # x.backward(), x.train(), kept.append(...): a call may change what it is called on
     for node in ast.walk(tree):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
             function = node.value.func
-            while isinstance(function, ast.Attribute): function = function.value
-            if isinstance(function, ast.Name): gives.add(function.id)
+            while isinstance(function, ast.Attribute):
+                function = function.value
+            if isinstance(function, ast.Name):
+                gives.add(function.id)
         if isinstance(node, ast.Subscript | ast.Attribute) and isinstance(node.ctx, ast.Store):
             target = node
-            while isinstance(target, ast.Subscript | ast.Attribute): target = target.value
-            if isinstance(target, ast.Name): gives.add(target.id)
+            while isinstance(target, ast.Subscript | ast.Attribute):
+                target = target.value
+            if isinstance(target, ast.Name):
+                gives.add(target.id)
     return gives, uses
 
 
@@ -55,41 +70,59 @@ def needed(cells: list[str]) -> list[ast.Module]:
     while True:
         wanted = set().union(*(names[k][1] for k in kept))
         more = {k for k in range(len(trees)) if names[k][0] & wanted} - kept
-        if not more: break
+        if not more:
+            break
         kept |= more
     for tree in trees[:-1]:
-        tree.body = [s for s in tree.body if not isinstance(s, ast.Assert)
-                     and not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Call) and getattr(s.value.func, "id", "") == "assert_close")]
+        tree.body = [
+            s
+            for s in tree.body
+            if not isinstance(s, ast.Assert)
+            and not (
+                isinstance(s, ast.Expr)
+                and isinstance(s.value, ast.Call)
+                and getattr(s.value.func, "id", "") == "assert_close"
+            )
+        ]
     return [trees[k] for k in sorted(kept)]
 
 
 def run(job: dict) -> dict:
-    "Outcome of a check: passes (twice in a row, where nothing is changed), caught, or what else went wrong."
+    """Outcome of a check: passes (twice in a row, where nothing is changed), caught, or what else
+    went wrong."""
     check, old, new = job["check"], job.get("old"), job.get("new")
     name, cells = chapter_of(check)
     with tempfile.TemporaryDirectory() as folder:
-        package = shutil.copytree(ROOT / "rotvq", Path(folder) / "rotvq", ignore=shutil.ignore_patterns("__pycache__"))
+        package = shutil.copytree(
+            ROOT / "rotvq", Path(folder) / "rotvq", ignore=shutil.ignore_patterns("__pycache__")
+        )
         found = 0
         if old:
             for file in package.glob("*.py"):
                 text = file.read_text(encoding="utf-8")
-                if old in text: file.write_text(text.replace(old, new), encoding="utf-8")
+                if old in text:
+                    file.write_text(text.replace(old, new), encoding="utf-8")
                 found += text.count(old)
             found += sum(cell.count(old) for cell in cells)
             cells = [cell.replace(old, new) for cell in cells]
-            if not found: return job | {"outcome": "the text to change is nowhere"}
+            if not found:
+                return job | {"outcome": "the text to change is nowhere"}
         sys.path.insert(0, folder)
         os.chdir(ROOT / "nbs")
         import torch
+
         torch.set_num_threads(1)
         names: dict = {"__name__": "__main__"}
         try:
             trees = needed(cells)
             for tree in trees if old else [*trees, trees[-1]]:  # a reader may run a check once more
                 exec(compile(tree, name, "exec"), names)
-        except AssertionError: outcome = "caught"
-        except Exception as error: outcome = f"{type(error).__name__}: {error}"
-        else: outcome = "passes"
+        except AssertionError:
+            outcome = "caught"
+        except Exception as error:
+            outcome = f"{type(error).__name__}: {error}"
+        else:
+            outcome = "passes"
     return job | {"outcome": outcome}
 
 
@@ -97,10 +130,12 @@ def main():
     jobs = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     os.environ |= {"MPLBACKEND": "Agg", "ROTVQ_STATIC": "1"}
     sys.stdout.flush()
-    import einops, matplotlib.pyplot, torch, torch.utils._python_dispatch, vector_quantize_pytorch  # noqa: E401, F401
+    import einops  # noqa: E401, F401
+
     out, sys.stdout = sys.stdout, sys.stderr  # the chapters print too
     with get_context("fork").Pool(2, maxtasksperchild=1) as pool:
-        for result in pool.imap(run, jobs, chunksize=1): print(json.dumps(result), file=out, flush=True)
+        for result in pool.imap(run, jobs, chunksize=1):
+            print(json.dumps(result), file=out, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """Finding, downloading (from a server on the loopback address) and decoding pictures."""
+
 import hashlib
 import io
 import os
@@ -13,12 +14,22 @@ import torch
 from PIL import Image
 
 import rotvq.data as data
-from rotvq.data import SAMPLE, DataError, ImageNet10, Source, download_imagenette, imagenet10, list_pictures
+from rotvq.data import (
+    SAMPLE,
+    DataError,
+    ImageNet10,
+    Source,
+    download_imagenette,
+    imagenet10,
+    list_pictures,
+)
 
 
 def picture(seed, size=(24, 20), mode="RGB"):
     rng = np.random.default_rng(seed)
-    return Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).convert(mode)
+    return Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).convert(
+        mode
+    )
 
 
 @pytest.fixture
@@ -35,13 +46,16 @@ def folder(tmp_path):
 
 def archive(folder: Path) -> bytes:
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as tar: tar.add(folder, "imagenette2-160")
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        tar.add(folder, "imagenette2-160")
     return buffer.getvalue()
 
 
 @pytest.fixture
 def server():
-    "Serves `server.body`, stopping after `server.cut` bytes where that is set; counts requests for the whole body."
+    """Serves `server.body`, stopping after `server.cut` bytes where that is set; counts requests
+    for the whole body."""
+
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             self.server.requests += 1
@@ -50,7 +64,8 @@ def server():
             self.end_headers()
             self.wfile.write(self.server.body[: self.server.cut])
 
-        def log_message(self, *args): pass
+        def log_message(self, *args):
+            pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as s:
         s.body, s.cut, s.requests = b"", None, 0
@@ -62,13 +77,16 @@ def server():
         thread.join()
 
 
-def leftovers(parent: Path) -> list[str]: return sorted(p.name for p in parent.iterdir())
+def leftovers(parent: Path) -> list[str]:
+    return sorted(p.name for p in parent.iterdir())
 
 
 def test_download_whole(server, folder, tmp_path):
     server.body = archive(folder)
     target = tmp_path / "home" / "imagenet10"
-    assert download_imagenette(target, server.url, hashlib.sha256(server.body).hexdigest()) == target
+    assert (
+        download_imagenette(target, server.url, hashlib.sha256(server.body).hexdigest()) == target
+    )
     assert leftovers(target.parent) == ["imagenet10"]
     assert len(list_pictures(target, "train")[0]) == 6 and len(list_pictures(target, "val")[0]) == 4
 
@@ -77,10 +95,16 @@ def test_download_whole(server, folder, tmp_path):
 def test_a_bad_download_leaves_nothing_and_a_repeat_succeeds(server, folder, tmp_path, fault):
     body = archive(folder)
     sha256 = hashlib.sha256(body).hexdigest()
-    server.body, server.cut = (archive(tmp_path / "pics" / "train" / "n01") if fault == "no pictures" else body), (len(body) // 2 if fault == "cut off" else None)
+    server.body, server.cut = (
+        (archive(tmp_path / "pics" / "train" / "n01") if fault == "no pictures" else body),
+        (len(body) // 2 if fault == "cut off" else None),
+    )
     target = tmp_path / "home" / "imagenet10"
-    given = {"wrong hash": "0" * 64, "no pictures": hashlib.sha256(server.body).hexdigest()}.get(fault, sha256)
-    with pytest.raises((DataError, OSError)) as error: download_imagenette(target, server.url, given)
+    given = {"wrong hash": "0" * 64, "no pictures": hashlib.sha256(server.body).hexdigest()}.get(
+        fault, sha256
+    )
+    with pytest.raises((DataError, OSError)) as error:
+        download_imagenette(target, server.url, given)
     assert fault == "no pictures" or server.url in str(error.value)
     assert leftovers(target.parent) == []
     server.body, server.cut = body, None
@@ -92,22 +116,30 @@ def test_an_interrupted_download_leaves_nothing(server, folder, tmp_path, monkey
     def interrupt(archive, into):
         (into / "imagenette2-160" / "train").mkdir(parents=True)
         raise KeyboardInterrupt
+
     monkeypatch.setattr(data, "unpack", interrupt)
     server.body = archive(folder)
     digest = hashlib.sha256(server.body).hexdigest()
-    with pytest.raises(KeyboardInterrupt): download_imagenette(tmp_path / "home" / "imagenet10", server.url, digest)
+    with pytest.raises(KeyboardInterrupt):
+        download_imagenette(tmp_path / "home" / "imagenet10", server.url, digest)
     assert leftovers(tmp_path / "home") == []
 
 
 def test_search_order_and_one_download(server, folder, tmp_path, monkeypatch):
     server.body = archive(folder)
-    monkeypatch.setattr(data.download_imagenette, "__defaults__", (server.url, hashlib.sha256(server.body).hexdigest(), 20))
+    monkeypatch.setattr(
+        data.download_imagenette,
+        "__defaults__",
+        (server.url, hashlib.sha256(server.body).hexdigest(), 20),
+    )
     monkeypatch.setenv("ROTVQ_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("ROTVQ_DATA")
     monkeypatch.chdir(tmp_path)
     assert imagenet10() == Source(tmp_path / "cache" / "imagenet10", "imagenet10")
     asked = server.requests
-    assert imagenet10().root == tmp_path / "cache" / "imagenet10" and server.requests == asked      # it is there now
+    assert (
+        imagenet10().root == tmp_path / "cache" / "imagenet10" and server.requests == asked
+    )  # it is there now
     (tmp_path / "data").mkdir()
     os.symlink(folder, tmp_path / "data" / "imagenet10")
     assert imagenet10().root == Path("data/imagenet10")
@@ -117,7 +149,9 @@ def test_search_order_and_one_download(server, folder, tmp_path, monkeypatch):
 
 
 def test_no_network_is_one_line_and_the_sample(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(data.download_imagenette, "__defaults__", ("http://127.0.0.1:9/none.tgz", "0" * 64, 2))
+    monkeypatch.setattr(
+        data.download_imagenette, "__defaults__", ("http://127.0.0.1:9/none.tgz", "0" * 64, 2)
+    )
     monkeypatch.setenv("ROTVQ_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("ROTVQ_DATA")
     monkeypatch.chdir(tmp_path)
@@ -129,14 +163,18 @@ def test_no_network_is_one_line_and_the_sample(tmp_path, monkeypatch, capsys):
 
 def test_a_named_folder_that_is_wrong_is_never_replaced_by_the_sample(tmp_path, monkeypatch):
     monkeypatch.setenv("ROTVQ_DATA", str(tmp_path / "nowhere"))
-    with pytest.raises(DataError, match="nowhere"): imagenet10()
+    with pytest.raises(DataError, match="nowhere"):
+        imagenet10()
     (tmp_path / "half" / "train" / "n01").mkdir(parents=True)
     picture(0).save(tmp_path / "half" / "train" / "n01" / "a.png")
-    with pytest.raises(DataError, match="half/val does not exist"): imagenet10(tmp_path / "half")
+    with pytest.raises(DataError, match="half/val does not exist"):
+        imagenet10(tmp_path / "half")
     (tmp_path / "half" / "val" / "n01").mkdir(parents=True)
-    with pytest.raises(DataError, match="half/val/n01 has no pictures"): imagenet10(tmp_path / "half")
+    with pytest.raises(DataError, match="half/val/n01 has no pictures"):
+        imagenet10(tmp_path / "half")
     (tmp_path / "flat" / "train").mkdir(parents=True)
-    with pytest.raises(DataError, match="no class folders"): imagenet10(tmp_path / "flat")
+    with pytest.raises(DataError, match="no class folders"):
+        imagenet10(tmp_path / "flat")
 
 
 def test_decoded_pictures(folder):
@@ -151,32 +189,49 @@ def test_decoded_pictures(folder):
     assert half.labels.tolist() == [0, 1] and torch.equal(half.images, held.images[[0, 5]])
 
 
-@pytest.mark.parametrize("spoil", [lambda b: b[: len(b) // 2], lambda b: b"no picture at all", lambda b: b""])
+@pytest.mark.parametrize(
+    "spoil", [lambda b: b[: len(b) // 2], lambda b: b"no picture at all", lambda b: b""]
+)
 def test_a_corrupt_picture_is_named_and_no_cache_is_left(folder, tmp_path, monkeypatch, spoil):
     monkeypatch.setenv("ROTVQ_CACHE", str(tmp_path / "cache"))
     victim = folder / "train" / "n02" / "0.JPEG"
     victim.write_bytes(spoil(victim.read_bytes()))
-    with pytest.raises(DataError, match="n02/0.JPEG"): ImageNet10("train", 16, Source(folder, "pics"))
+    with pytest.raises(DataError, match="n02/0.JPEG"):
+        ImageNet10("train", 16, Source(folder, "pics"))
     assert leftovers(tmp_path / "cache" / "decoded") == []
 
 
 def test_cache_is_reused_and_rebuilt(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("ROTVQ_CACHE", str(tmp_path / "cache"))
     decoded, real = [], data.decode_picture
-    monkeypatch.setattr(data, "decode_picture", lambda file, size: decoded.append(file) or real(file, size))
+    monkeypatch.setattr(
+        data, "decode_picture", lambda file, size: decoded.append(file) or real(file, size)
+    )
     source = Source(folder, "pics")
     first = ImageNet10("train", 16, source).images.clone()
     assert len(decoded) == 6
-    assert torch.equal(ImageNet10("train", 16, source).images, first) and len(decoded) == 6       # reused
+    assert (
+        torch.equal(ImageNet10("train", 16, source).images, first) and len(decoded) == 6
+    )  # reused
     ImageNet10("train", 8, source)
-    assert len(decoded) == 12                                                                      # another resolution
+    assert len(decoded) == 12  # another resolution
     picture(99).save(folder / "train" / "n01" / "0.JPEG")
-    assert not torch.equal(ImageNet10("train", 16, source).images, first) and len(decoded) == 18   # a changed file
+    assert (
+        not torch.equal(ImageNet10("train", 16, source).images, first) and len(decoded) == 18
+    )  # a changed file
     picture(98).save(folder / "train" / "n01" / "new.png")
-    assert len(ImageNet10("train", 16, source)) == 7 and len(decoded) == 25                        # a new file
-    assert len([p for p in leftovers(tmp_path / "cache" / "decoded") if "-16-" in p]) == 1         # the outdated ones are gone
-    for p in (tmp_path / "cache" / "decoded").iterdir(): p.write_bytes(p.read_bytes()[:200])
-    assert ImageNet10("train", 8, source).images.shape == (7, 3, 8, 8)                             # a damaged cache is no obstacle
+    assert len(ImageNet10("train", 16, source)) == 7 and len(decoded) == 25  # a new file
+    assert (
+        len([p for p in leftovers(tmp_path / "cache" / "decoded") if "-16-" in p]) == 1
+    )  # the outdated ones are gone
+    for p in (tmp_path / "cache" / "decoded").iterdir():
+        p.write_bytes(p.read_bytes()[:200])
+    assert ImageNet10("train", 8, source).images.shape == (
+        7,
+        3,
+        8,
+        8,
+    )  # a damaged cache is no obstacle
 
 
 def test_odd_files(folder):
@@ -187,7 +242,7 @@ def test_odd_files(folder):
     turned = Image.new("RGB", (20, 10), "white")
     turned.paste("black", (0, 0, 10, 10))
     exif = Image.Exif()
-    exif[0x0112] = 6                                                     # shown a quarter turn clockwise: black above
+    exif[0x0112] = 6  # shown a quarter turn clockwise: black above
     turned.save(n01 / "b.png", exif=exif)
     held = ImageNet10("train", 10, Source(folder, "pics"))
     names = [p.name for p in list_pictures(folder, "train")[0]]
@@ -201,24 +256,32 @@ def test_a_full_disk_is_reported_and_no_sample_taken(folder, tmp_path, monkeypat
     monkeypatch.setenv("ROTVQ_CACHE", str(tmp_path / "cache"))
     usage = data.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(data.shutil, "disk_usage", lambda path: usage._replace(free=10))
-    with pytest.raises(DataError, match="ROTVQ_CACHE"): ImageNet10("train", 16, Source(folder, "pics"))
+    with pytest.raises(DataError, match="ROTVQ_CACHE"):
+        ImageNet10("train", 16, Source(folder, "pics"))
 
-    def full(*args): raise OSError(28, "No space left on device")
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(data, "download_url", full)
     monkeypatch.delenv("ROTVQ_DATA")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match="No space left"): imagenet10()
+    with pytest.raises(DataError, match="No space left"):
+        imagenet10()
 
 
 def test_two_downloads_at_once(server, folder, tmp_path, monkeypatch):
     "The other process finished first: its folder is taken, and nothing of ours is left."
     target, real = tmp_path / "home" / "imagenet10", data.unpack
+
     def race(archive, into):
         real(archive, into)
         data.shutil.copytree(folder, target)
+
     monkeypatch.setattr(data, "unpack", race)
     server.body = archive(folder)
-    assert download_imagenette(target, server.url, hashlib.sha256(server.body).hexdigest()) == target
+    assert (
+        download_imagenette(target, server.url, hashlib.sha256(server.body).hexdigest()) == target
+    )
     assert leftovers(target.parent) == ["imagenet10"]
 
 
@@ -232,27 +295,42 @@ def test_writing_to_pictures_does_not_reach_the_cache(folder):
 def test_a_cache_that_cannot_be_written_is_named(folder, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("ROTVQ_CACHE", str(tmp_path / "file"))
-    with pytest.raises(DataError, match="ROTVQ_CACHE"): ImageNet10("train", 16, Source(folder, "pics"))
+    with pytest.raises(DataError, match="ROTVQ_CACHE"):
+        ImageNet10("train", 16, Source(folder, "pics"))
 
 
 def test_sample_crops_are_fixed_and_held_out_by_photograph():
     train, val = ImageNet10("train", 32, SAMPLE), ImageNet10("val", 32, SAMPLE)
     assert len(train) == 4096 and len(val) == 512 and not set(train.classes) & set(val.classes)
     assert torch.equal(ImageNet10("val", 32, SAMPLE).images, val.images)
-    assert train.images.float().std() > 30                                                         # photographs, not blanks
+    assert train.images.float().std() > 30  # photographs, not blanks
     assert len(torch.unique(val.images.flatten(1), dim=0)) == 512
 
 
 def test_bad_arguments():
-    for kw, word in ((dict(split="test"), "test"), (dict(size=0), "size = 0"), (dict(limit=0), "limit = 0")):
-        with pytest.raises(DataError, match=word): ImageNet10(**kw)
+    for kw, word in (
+        (dict(split="test"), "test"),
+        (dict(size=0), "size = 0"),
+        (dict(limit=0), "limit = 0"),
+    ):
+        with pytest.raises(DataError, match=word):
+            ImageNet10(**kw)
 
 
-@pytest.mark.parametrize("array", [np.full((20, 20), 0.5, dtype=np.float32), np.full((20, 20), 2**30, dtype=np.int32), np.full((20, 20), -70000, dtype=np.int32)], ids=["float", "int", "negative"])
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.full((20, 20), 0.5, dtype=np.float32),
+        np.full((20, 20), 2**30, dtype=np.int32),
+        np.full((20, 20), -70000, dtype=np.int32),
+    ],
+    ids=["float", "int", "negative"],
+)
 def test_pictures_of_32_bits_are_refused(tmp_path, array):
     "They would become black, or anything: nobody knows which value is white."
     Image.fromarray(array).save(tmp_path / "a.tiff")
-    with pytest.raises(DataError, match="a.tiff.*32 bits.*8 or 16"): data.decode_picture(tmp_path / "a.tiff", 16)
+    with pytest.raises(DataError, match="a.tiff.*32 bits.*8 or 16"):
+        data.decode_picture(tmp_path / "a.tiff", 16)
 
 
 def test_pictures_of_16_bits_in_wider_pixels_are_read(tmp_path):
@@ -262,19 +340,32 @@ def test_pictures_of_16_bits_in_wider_pixels_are_read(tmp_path):
 
 def test_a_wrong_folder_is_blamed_on_whoever_named_it(monkeypatch):
     monkeypatch.setenv("ROTVQ_DATA", "sample")
-    with pytest.raises(DataError, match="nowhere is not a folder") as error: imagenet10("nowhere")
+    with pytest.raises(DataError, match="nowhere is not a folder") as error:
+        imagenet10("nowhere")
     assert "ROTVQ_DATA" not in str(error.value)
     monkeypatch.setenv("ROTVQ_DATA", "elsewhere")
-    with pytest.raises(DataError, match="elsewhere is not a folder. ROTVQ_DATA names it; unset it"): imagenet10()
+    with pytest.raises(DataError, match="elsewhere is not a folder. ROTVQ_DATA names it; unset it"):
+        imagenet10()
 
 
-@pytest.mark.parametrize("kind, content", [("EPS", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n%%EndComments\nshowpage\n"), ("GIF", None), ("PPM", None)])
+@pytest.mark.parametrize(
+    "kind, content",
+    [
+        ("EPS", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n%%EndComments\nshowpage\n"),
+        ("GIF", None),
+        ("PPM", None),
+    ],
+)
 def test_a_name_does_not_make_a_picture_of_another_format(tmp_path, kind, content):
-    "Pillow decides by content, and for some formats starts other programs, or code that is seldom tried."
+    """Pillow decides by content, and for some formats starts other programs, or code that is seldom
+    tried."""
     file = tmp_path / "a.jpg"
-    if content is None: Image.new("RGB", (8, 8)).save(file, kind)
-    else: file.write_bytes(content)
-    with pytest.raises(DataError, match="a.jpg cannot be read as a picture"): data.decode_picture(file, 8)
+    if content is None:
+        Image.new("RGB", (8, 8)).save(file, kind)
+    else:
+        file.write_bytes(content)
+    with pytest.raises(DataError, match="a.jpg cannot be read as a picture"):
+        data.decode_picture(file, 8)
 
 
 @pytest.mark.parametrize("kind", data.FORMATS)
@@ -286,14 +377,19 @@ def test_the_formats_that_are_named_are_read_whatever_the_file_is_called(tmp_pat
 def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
     from rotvq import kernels
     from rotvq.surroundings import cache_folder
-    def nobody(*args, **kwargs): raise RuntimeError("Could not determine home directory.")
+
+    def nobody(*args, **kwargs):
+        raise RuntimeError("Could not determine home directory.")
+
     monkeypatch.delenv("ROTVQ_CACHE", raising=False)
     monkeypatch.setattr("rotvq.surroundings.user_cache_path", nobody)
-    with pytest.raises(DataError, match="Set ROTVQ_CACHE"): data.cache_dir()
+    with pytest.raises(DataError, match="Set ROTVQ_CACHE"):
+        data.cache_dir()
     assert kernels.read_choices() == {}
-    kernels.write_choices()                                               # cannot, and training goes on
+    kernels.write_choices()  # cannot, and training goes on
     monkeypatch.setattr(Path, "expanduser", nobody)
-    with pytest.raises(DataError, match="~nouser/x has no home folder"): imagenet10("~nouser/x")
+    with pytest.raises(DataError, match="~nouser/x has no home folder"):
+        imagenet10("~nouser/x")
     monkeypatch.undo()
     monkeypatch.setenv("ROTVQ_CACHE", "~/a")
     assert data.cache_dir() == cache_folder() == Path.home() / "a" == kernels.known_choices().parent

@@ -11,10 +11,10 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from helpers import noise, picture_folder
 from PIL import ExifTags, Image
 
 import rotvq.data as data
+from helpers import noise, picture_folder
 from rotvq.data import DataError, ImageNet10, Source, decode_all, list_pictures, unpack
 
 

@@ -1,4 +1,6 @@
-"""Each check of a claim fails when the code, or the formula that it states, is wrong in the way the claim excludes."""
+"""Each check of a claim fails when the code, or the formula that it states, is wrong in the way the
+claim excludes."""
+
 import json
 import os
 import subprocess
@@ -12,17 +14,26 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 
 STE = "return g, None", "return 2 * g, None"
 BACKWARD = "return pull(g, z, q, gamma, ctx.mirror, weight)"
-IDENTITY = BACKWARD, "return g"                                                         # the trick copies the gradient
-TRANSPOSED = BACKWARD, "return pushforward(g, z, q, gamma, weight, ctx.mirror)"       # Rᵀ → R
+IDENTITY = BACKWARD, "return g"  # the trick copies the gradient
+TRANSPOSED = BACKWARD, "return pushforward(g, z, q, gamma, weight, ctx.mirror)"  # Rᵀ → R
 SCALE = 'expand(gamma, "gamma", z), expand(weight'
 NO_LAMBDA = SCALE, 'expand(1.0 if gamma is None else gamma, "gamma", z), expand(weight'
-INVERSE = SCALE, 'expand(1 / length_ratio(z, q) if gamma is None else gamma, "gamma", z), expand(weight'
+INVERSE = (
+    SCALE,
+    'expand(1 / length_ratio(z, q) if gamma is None else gamma, "gamma", z), expand(weight',
+)
 ROTATE = "return u - 2 * r * along(r) + 2 * b * along(a)"
-BACK = ROTATE, "return u - 2 * r * along(r) + 2 * a * along(b)"                            # from b to a
-HALF_TURN = ROTATE, "return 2 * r * along(r) - u"                                          # a to b by half a turn
-ONE_MIRROR = "return householder_matrix(b) @ householder_matrix(unit(a) + unit(b))", "return householder_matrix(unit(a) - unit(b))"
+BACK = ROTATE, "return u - 2 * r * along(r) + 2 * a * along(b)"  # from b to a
+HALF_TURN = ROTATE, "return 2 * r * along(r) - u"  # a to b by half a turn
+ONE_MIRROR = (
+    "return householder_matrix(b) @ householder_matrix(unit(a) + unit(b))",
+    "return householder_matrix(unit(a) - unit(b))",
+)
 FARTHEST = "codes.T).argmax(1) for x in parts", "codes.T).argmin(1) for x in parts"
-HIGHEST = "torch.addmm(offset, x, codes.T).argmax(1) for", "len(codes) - 1 - torch.addmm(offset, x, codes.T).flip(1).argmax(1) for"
+HIGHEST = (
+    "torch.addmm(offset, x, codes.T).argmax(1) for",
+    "len(codes) - 1 - torch.addmm(offset, x, codes.T).flip(1).argmax(1) for",
+)
 DECAY = "running), 1 - decay)", "running), decay)"
 HALF_MIRROR = "return u - 2 * v * (v * u)", "return u - v * (v * u)"
 
@@ -31,31 +42,78 @@ MUTATIONS = {
     "V1: a bound without the prior": ("check-v1", "r * p.log()", "0 * p.log()"),
     "V2: the farthest code": ("check-v2", *FARTHEST),
     "V2: ties to the highest index": ("check-v2", *HIGHEST),
-    "V2: offset without its half": ("check-v2", "offset = -0.5 * directions", "offset = -directions"),
-    "V3: a prior that is not uniform": ("check-v3", "(log_r + logK)", "(log_r + codes[:, 0].softmax(0).log().neg())"),
-    "V4: codebook loss without its stop": ("check-v4", "(z.detach() - q).square()", "(z - q).square()"),
+    "V2: offset without its half": (
+        "check-v2",
+        "offset = -0.5 * directions",
+        "offset = -directions",
+    ),
+    "V3: a prior that is not uniform": (
+        "check-v3",
+        "(log_r + logK)",
+        "(log_r + codes[:, 0].softmax(0).log().neg())",
+    ),
+    "V4: codebook loss without its stop": (
+        "check-v4",
+        "(z.detach() - q).square()",
+        "(z - q).square()",
+    ),
     "V4: β on the wrong term": ("check-v4", "beta * (z - q.detach())", "beta * (z.detach() - q)"),
-    "V5: symbols of reconstructions for uniform ones": ("check-v5", 'for name, pictures in sets.items()}',
-                                                        'for name, pictures in (sets | {"uniform symbols": sets["reconstructions"]}).items()}'),
-    "V6: a step twice as long": ("check-v6", "grad / (2 * torch.bincount", "grad / (torch.bincount"),
+    "V5: symbols of reconstructions for uniform ones": (
+        "check-v5",
+        "for name, pictures in sets.items()}",
+        'for name, pictures in (sets | {"uniform symbols": sets["reconstructions"]}).items()}',
+    ),
+    "V6: a step twice as long": (
+        "check-v6",
+        "grad / (2 * torch.bincount",
+        "grad / (torch.bincount",
+    ),
     "V7: decay inverted": ("check-v7", *DECAY),
-    "V7: counts not smoothed": ("check-v7", "(N + eps) / (N.sum() + len(N) * eps) * N.sum()", "N + 0 * eps"),
+    "V7: counts not smoothed": (
+        "check-v7",
+        "(N + eps) / (N.sum() + len(N) * eps) * N.sum()",
+        "N + 0 * eps",
+    ),
     "V7: sums that do not follow": ("check-v7-fixed-point", *DECAY[:1], "running), 0.0)"),
-    "V8: another code is decoded": ("check-v8", "self.book()[indices.clamp_min(0)]", "self.book().roll(1, 0)[indices.clamp_min(0)]"),
-    "S1: a lookup that depends on every digit": ("check-s1", "rows, directions = z - origin", "rows, directions = 3 * (1e7 * z).sin()"),
+    "V8: another code is decoded": (
+        "check-v8",
+        "self.book()[indices.clamp_min(0)]",
+        "self.book().roll(1, 0)[indices.clamp_min(0)]",
+    ),
+    "S1: a lookup that depends on every digit": (
+        "check-s1",
+        "rows, directions = z - origin",
+        "rows, directions = 3 * (1e7 * z).sin()",
+    ),
     "S2: gradient doubled": ("check-s2", *STE),
     "S2: value z": ("check-s2", "return q.clone()", "return z.clone()"),
-    "S3: a gradient of its own for each z": ("check-s3", "return g, None", "return g * torch.rand_like(g), None"),
+    "S3: a gradient of its own for each z": (
+        "check-s3",
+        "return g, None",
+        "return g * torch.rand_like(g), None",
+    ),
     "S4: another matrix in the gap": ("check-s4", *STE),
     "S5: the matrix not transposed": ("check-s5", '"...ij,...i->...j"', '"...ij,...j->...i"'),
-    "S6: a matrix that misses q": ("check-s6", "z_.square().sum(-1)[:, None, None]", "z_.norm(dim=-1)[:, None, None]"),
+    "S6: a matrix that misses q": (
+        "check-s6",
+        "z_.square().sum(-1)[:, None, None]",
+        "z_.norm(dim=-1)[:, None, None]",
+    ),
     "H1: a projection": ("check-h1", *HALF_MIRROR),
     "H2: a projection": ("check-h2", "- 2 * v[..., :, None]", "- v[..., :, None]"),
-    "H3: sign of the normal": ("check-h3", "half = (unit(a) + unit(b)) / 2", "half = (unit(a) - unit(b)) / 2"),
+    "H3: sign of the normal": (
+        "check-h3",
+        "half = (unit(a) + unit(b)) / 2",
+        "half = (unit(a) - unit(b)) / 2",
+    ),
     "H4: one mirror": ("check-h4", "R = householder_matrix(n2) @", "R ="),
     "R1: one mirror": ("check-r1", *ONE_MIRROR),
     "R2: the way back": ("check-r2", *BACK),
-    "R3: a matrix in between": ("check-r3", "e - 2 * (e @ column(rh)) @ row(rh)", "e - 2 * e @ (column(rh) @ row(rh))"),
+    "R3: a matrix in between": (
+        "check-r3",
+        "e - 2 * (e @ column(rh)) @ row(rh)",
+        "e - 2 * e @ (column(rh) @ row(rh))",
+    ),
     "R4: half a turn": ("check-r4", *HALF_TURN),
     "R5: value z": ("check-r5", "return q.clone()", "return z.clone()"),
     "R6: λ left out": ("check-r5", *NO_LAMBDA),
@@ -70,20 +128,42 @@ MUTATIONS = {
     "R11: not transposed": ("check-r11", *TRANSPOSED),
     "F1: two mirrors": ("check-f1", "mirror=True", "mirror=False"),
     "F2: two mirrors": ("check-f2", "mirror=True", "mirror=False"),
-    "F2: one mirror for the rotation": ("check-f2-angle", "gamma, mirror=False)", "gamma, mirror=True)"),
+    "F2: one mirror for the rotation": (
+        "check-f2-angle",
+        "gamma, mirror=False)",
+        "gamma, mirror=True)",
+    ),
     "G1: the scale is not heard": ("check-g1", SCALE, "None, expand(weight"),
-    "G2: λ upside down": ("check-g2", "(q.norm(dim=-1) / z.detach().norm(dim=-1))", "(z.detach().norm(dim=-1) / q.norm(dim=-1))"),
+    "G2: λ upside down": (
+        "check-g2",
+        "(q.norm(dim=-1) / z.detach().norm(dim=-1))",
+        "(z.detach().norm(dim=-1) / q.norm(dim=-1))",
+    ),
     "G3: λ left out": ("check-balance", *NO_LAMBDA),
     "G4: running averages that stay": ("check-lambda-at-the-start", *DECAY[:1], "running), 0.0)"),
     "G5: copied": ("check-g5", *IDENTITY),
-    "G6: λ where it should be 1": ("check-g6", SCALE,
-                                   'expand(2 * length_ratio(z, q) if gamma is None else gamma, "gamma", z), expand(weight'),
-    "P1: the trick copies": ("check-toy", '"rotation": (True, False)', '"rotation": (False, False)'),
+    "G6: λ where it should be 1": (
+        "check-g6",
+        SCALE,
+        'expand(2 * length_ratio(z, q) if gamma is None else gamma, "gamma", z), expand(weight',
+    ),
+    "P1: the trick copies": (
+        "check-toy",
+        '"rotation": (True, False)',
+        '"rotation": (False, False)',
+    ),
     "P5: a third halving": ("check-p5", "nn.Conv2d(a, b, 4, 2, 1)", "nn.Conv2d(a, b, 4, 4)"),
-    "P6: the way back": ("check-p6", "2 * e @ zh[..., None] @ qh[:, None]", "2 * e @ qh[..., None] @ zh[:, None]"),
+    "P6: the way back": (
+        "check-p6",
+        "2 * e @ zh[..., None] @ qh[:, None]",
+        "2 * e @ qh[..., None] @ zh[:, None]",
+    ),
     "why: a copied gradient swings": ("check-swing", *IDENTITY),
-    "why: sums that do not shrink": ("check-pile", "running.lerp_(torch.where(good, new.to(running.dtype), running), 1 - decay)",
-                                     "running.copy_(torch.where(new > 0, new.to(running.dtype), running))"),
+    "why: sums that do not shrink": (
+        "check-pile",
+        "running.lerp_(torch.where(good, new.to(running.dtype), running), 1 - decay)",
+        "running.copy_(torch.where(new > 0, new.to(running.dtype), running))",
+    ),
 }
 
 
@@ -91,16 +171,25 @@ MUTATIONS = {
 def outcomes(tmp_path_factory):
     "Of every check on the code as it is, and of every mutation."
     checks = dict.fromkeys(mutation[0] for mutation in MUTATIONS.values())
-    jobs = [{"name": name, "check": name} for name in checks if name != "check-toy"]  # which takes half a minute
-    jobs += [{"name": name, "check": check, "old": old, "new": new} for name, (check, old, new) in MUTATIONS.items()]
+    jobs = [
+        {"name": name, "check": name} for name in checks if name != "check-toy"
+    ]  # which takes half a minute
+    jobs += [
+        {"name": name, "check": check, "old": old, "new": new}
+        for name, (check, old, new) in MUTATIONS.items()
+    ]
     file = tmp_path_factory.mktemp("mutations") / "jobs.json"
     file.write_text(json.dumps(jobs), encoding="utf-8")
-    done = subprocess.run([sys.executable, FOLDER / "mutate.py", file], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, FOLDER / "mutate.py", file], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return {job["name"]: job["outcome"] for job in map(json.loads, done.stdout.splitlines())}
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_the_check_catches(name, outcomes):
-    assert outcomes.get(MUTATIONS[name][0], "passes") == "passes"  # by the same way, on the code as it is
+    assert (
+        outcomes.get(MUTATIONS[name][0], "passes") == "passes"
+    )  # by the same way, on the code as it is
     assert outcomes[name] == "caught"

@@ -1,4 +1,5 @@
-"""What is released: both files build from a clean copy, with all that an installation needs and a page that leads somewhere."""
+"""What is released: both files build from a clean copy, with all that an installation needs and a
+page that leads somewhere."""
 
 import re
 import shutil
@@ -10,6 +11,7 @@ from email import message_from_bytes
 
 import pytest
 import yaml
+
 from helpers import ROOT, settings
 
 COPIED = ("rotvq", "tests", "settings.ini", "setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE")
@@ -49,7 +51,9 @@ def test_the_archive_has_what_it_takes_to_build_and_no_more(files):
 
 def test_the_wheel_has_the_package_whole(files):
     with zipfile.ZipFile(files[1]) as wheel:
-        inside = {name for name in wheel.namelist() if not name.split("/")[0].endswith(".dist-info")}
+        inside = {
+            name for name in wheel.namelist() if not name.split("/")[0].endswith(".dist-info")
+        }
     held = {p.relative_to(ROOT).as_posix() for p in (ROOT / "rotvq").rglob("*") if p.is_file()}
     assert inside == {name for name in held if "__pycache__" not in name} | {"rotvq_command.py"}
 
@@ -90,24 +94,32 @@ def test_actions_are_pinned_by_commit():
     "A tag can be moved; the version stands beside it, for people."
     for file in (ROOT / ".github" / "workflows").glob("*.yml"):
         for line in re.findall(r"uses: *(.*)", file.read_text(encoding="utf-8")):
-            assert re.fullmatch(r"[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", line), f"{file.name}: {line}"
+            assert re.fullmatch(r"[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", line), (
+                f"{file.name}: {line}"
+            )
 
 
 def test_a_release_is_tested_built_and_tried_before_it_is_published():
     jobs = workflows()["release"]["jobs"]
     assert jobs["publish"]["needs"] == "build" and jobs["build"]["needs"] == "test"
-    steps = {name: [s["run"].split()[1] for s in jobs[name]["steps"] if "run" in s] for name in jobs}
+    steps = {
+        name: [s["run"].split()[1] for s in jobs[name]["steps"] if "run" in s] for name in jobs
+    }
     assert steps == {"test": ["release-check", "test"], "build": ["dist-check"], "publish": []}
 
 
 def test_the_versions_of_python_that_are_tried():
     cfg, matrix = settings(), workflows()["test"]["jobs"]["test"]["strategy"]["matrix"]
     assert matrix["python"] == cfg["python_versions"].split()
-    assert all(other["untried"] and other["python"] not in matrix["python"] for other in matrix["include"])
+    assert all(
+        other["untried"] and other["python"] not in matrix["python"] for other in matrix["include"]
+    )
     oldest = tuple(map(int, cfg["min_python"].split(".")))
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert f"sys.version_info < {oldest} and" in makefile
-    assert f"Python {cfg['min_python']} or newer" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"Python {cfg['min_python']} or newer" in (ROOT / "README.md").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_pip_does_not_install_where_there_is_no_environment():

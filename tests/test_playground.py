@@ -1,14 +1,16 @@
-"""The playground in headless Chromium: its training step against rotvq, what its page promises, and its controls."""
+"""The playground in headless Chromium: its training step against rotvq, what its page promises, and
+its controls."""
+
 import json
 import re
 
 import pytest
 import torch
-from test_explorables import NBS, TRICKS, in_browser, needs_browser
 from torch import nn
 from torch.testing import assert_close
 
 from rotvq import VectorQuantizer
+from test_explorables import NBS, TRICKS, in_browser, needs_browser
 
 PAGE = (NBS / "playground.qmd").read_text(encoding="utf-8")
 BODY = "".join(re.findall(r"^<div class=\"playground.*$", PAGE, re.MULTILINE))
@@ -18,20 +20,30 @@ STATE = """
   const state = (toy) => JSON.parse(JSON.stringify({layers: weights(toy), codebook: toy.codebook, sums: toy.sums, counts: toy.counts}));"""
 
 
-def double(x) -> torch.Tensor: return torch.tensor(x, dtype=torch.float64)
+def double(x) -> torch.Tensor:
+    return torch.tensor(x, dtype=torch.float64)
 
 
 def trained_here(start: dict, batches: list, options: dict) -> dict:
     "The same steps by PyTorch and rotvq."
-    coders = nn.ModuleList(nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 2)) for _ in range(2)).double()
+    coders = nn.ModuleList(
+        nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 2)) for _ in range(2)
+    ).double()
     layers = [coders[0][0], coders[0][2], coders[1][0], coders[1][2]]
-    vq = VectorQuantizer(2, options["codes"], estimator=options["estimator"], distance=options["lookup"], decay=options["decay"],
-                         commitment=options["commitment"]).double()
+    vq = VectorQuantizer(
+        2,
+        options["codes"],
+        estimator=options["estimator"],
+        distance=options["lookup"],
+        decay=options["decay"],
+        commitment=options["commitment"],
+    ).double()
     with torch.no_grad():
         for layer, (weight, bias) in zip(layers, start["layers"]):
             layer.weight.copy_(double(weight))
             layer.bias.copy_(double(bias))
-        for name in ("codebook", "sums", "counts"): getattr(vq, name).copy_(double(start[name]))
+        for name in ("codebook", "sums", "counts"):
+            getattr(vq, name).copy_(double(start[name]))
     opt = torch.optim.Adam(coders.parameters(), lr=options["lr"])
     for x in map(double, batches):
         q, _, loss = vq(coders[0](x))
@@ -39,32 +51,64 @@ def trained_here(start: dict, batches: list, options: dict) -> dict:
         opt.zero_grad()
         loss.backward()
         opt.step()
-    return {"layers": [(layer.weight, layer.bias) for layer in layers], "codebook": vq.codebook, "sums": vq.sums, "counts": vq.counts, "weight": vq.rotation_weight().item()}
+    return {
+        "layers": [(layer.weight, layer.bias) for layer in layers],
+        "codebook": vq.codebook,
+        "sums": vq.sums,
+        "counts": vq.counts,
+        "weight": vq.rotation_weight().item(),
+    }
 
 
 @needs_browser
 @pytest.mark.filterwarnings("ignore:At training batch 10")
-@pytest.mark.parametrize("options", [{}, {"estimator": "ste", "commitment": 0.25, "start": "uniform"}, {"estimator": "reflection", "lr": 0.003},
-                                     {"estimator": "rotation-until-used", "codes": 32},
-                                     {"lookup": "cosine", "decay": 0.99, "start": "normal"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"estimator": "ste", "commitment": 0.25, "start": "uniform"},
+        {"estimator": "reflection", "lr": 0.003},
+        {"estimator": "rotation-until-used", "codes": 32},
+        {"lookup": "cosine", "decay": 0.99, "start": "normal"},
+    ],
+)
 def test_steps_agree_with_the_package(tmp_path, options):
-    options = {"estimator": "rotation", "lookup": "euclidean", "decay": 0.8, "commitment": 1, "lr": 0.01, "seed": 3, "codes": 64} | options
-    answer = in_browser(tmp_path, STATE + f"""
+    options = {
+        "estimator": "rotation",
+        "lookup": "euclidean",
+        "decay": 0.8,
+        "commitment": 1,
+        "lr": 0.01,
+        "seed": 3,
+        "codes": 64,
+    } | options
+    answer = in_browser(
+        tmp_path,
+        STATE
+        + f"""
       const toy = new rotvq.Toy({json.dumps(options)}), out = {{start: state(toy), batches: []}};
       for (let k = 0; k < 60; k++) {{ const x = toy.draw(128); out.batches.push(x); toy.step(x); }}
-      return {{...out, end: state(toy), weight: toy.weight()}};""", scripts=SCRIPTS)
+      return {{...out, end: state(toy), weight: toy.weight()}};""",
+        scripts=SCRIPTS,
+    )
     expected = trained_here(answer["start"], answer["batches"], options)
-    if options["codes"] == 32: assert answer["weight"] == expected["weight"] and 0 < answer["weight"] < 1   # of 60 batches, a window of 40
+    if options["codes"] == 32:
+        assert (
+            answer["weight"] == expected["weight"] and 0 < answer["weight"] < 1
+        )  # of 60 batches, a window of 40
     for (weight, bias), (w, b) in zip(answer["end"]["layers"], expected["layers"]):
         assert_close(double(weight), w.detach(), rtol=1e-6, atol=1e-8)
         assert_close(double(bias), b.detach(), rtol=1e-6, atol=1e-8)
-    for name in ("codebook", "sums", "counts"): assert_close(double(answer["end"][name]), expected[name].double(), rtol=1e-6, atol=1e-8)
+    for name in ("codebook", "sums", "counts"):
+        assert_close(double(answer["end"][name]), expected[name].double(), rtol=1e-6, atol=1e-8)
     assert not torch.allclose(double(answer["start"]["codebook"]), expected["codebook"].double())
 
 
 @needs_browser
 def test_what_the_page_says_comes_true(tmp_path):
-    answer = in_browser(tmp_path, """
+    answer = in_browser(
+        tmp_path,
+        """
       const seen = (options, marks) => { const toy = new rotvq.Toy(options), out = {};
         for (let k = 1; k <= Math.max(...marks); k++) { toy.step(); if (marks.includes(k)) out[k] = toy.measure(); }
         return Object.fromEntries(Object.entries(out).map(([k, {used, mse}]) => [k, {used, mse}])); };
@@ -84,31 +128,57 @@ def test_what_the_page_says_comes_true(tmp_path):
       for (const toy of [first, same, other]) for (let k = 0; k < 5; k++) toy.step();
       out.same = JSON.stringify(first.codebook) === JSON.stringify(same.codebook);
       out.other = JSON.stringify(first.codebook) === JSON.stringify(other.codebook);
-      return out;""", scripts=SCRIPTS)
+      return out;""",
+        scripts=SCRIPTS,
+    )
     used = lambda name, kind, step: [run[kind][step]["used"] for run in answer[name]]
     ste, rotation = used("ste", "plain", "1000"), used("rotation", "plain", "1000")
     late = used("ste", "plain", "3000")
-    said = re.search(r"after 1,000 steps more than (\d+) of 64 are in use against fewer than (\d+), in five", PAGE).groups()
+    said = re.search(
+        r"after 1,000 steps more than (\d+) of 64 are in use against fewer than (\d+), in five",
+        PAGE,
+    ).groups()
     assert min(rotation) > int(said[0]) and max(ste) < int(said[1])
-    assert min(late) > int(re.search(r"After 3,000 steps straight-through has more than (\d+)", PAGE).group(1))
+    assert min(late) > int(
+        re.search(r"After 3,000 steps straight-through has more than (\d+)", PAGE).group(1)
+    )
     assert min(used("ste", "revival", "100") + used("rotation", "revival", "100")) >= 55
-    lower = [a["revival"]["3000"]["mse"] < b["revival"]["3000"]["mse"] for a, b in zip(answer["ste"], answer["rotation"])]
+    lower = [
+        a["revival"]["3000"]["mse"] < b["revival"]["3000"]["mse"]
+        for a, b in zip(answer["ste"], answer["rotation"])
+    ]
     assert sum(lower) >= 3
     assert min(both["used"] for both in answer["handed"]) > 55
-    assert sum(both["mse"] < run["plain"]["3000"]["mse"] for run, both in zip(answer["rotation"], answer["handed"])) >= 3
+    assert (
+        sum(
+            both["mse"] < run["plain"]["3000"]["mse"]
+            for run, both in zip(answer["rotation"], answer["handed"])
+        )
+        >= 3
+    )
     rule, straight = answer["rule"], [run["plain"]["3000"]["mse"] for run in answer["ste"]]
-    assert min(run["used"][1] for run in rule) >= int(re.search(r"After 3,000 steps it has (\d+) or more", PAGE).group(1))
-    assert all(run["weights"][0] == 1 and 0 < run["weights"][1] < 0.5 and run["weights"][2] == 0 for run in rule)
+    assert min(run["used"][1] for run in rule) >= int(
+        re.search(r"After 3,000 steps it has (\d+) or more", PAGE).group(1)
+    )
+    assert all(
+        run["weights"][0] == 1 and 0 < run["weights"][1] < 0.5 and run["weights"][2] == 0
+        for run in rule
+    )
     assert all(run["mse"] < mse for run, mse in zip(rule, straight))
     assert sum(rotation["mse"] < ste["mse"] for ste, rotation in answer["kmeans"]) >= 4
     assert sum(ste["mse"] < rotation["mse"] for ste, rotation in answer["normal"]) >= 4
-    assert min(model["used"] for pair in answer["normal"] for model in pair) > 55 and min(answer["mirror"]) > 0.1
+    assert (
+        min(model["used"] for pair in answer["normal"] for model in pair) > 55
+        and min(answer["mirror"]) > 0.1
+    )
     assert answer["same"] and not answer["other"]
 
 
 @needs_browser
 def test_controls(tmp_path):
-    answer = in_browser(tmp_path, """
+    answer = in_browser(
+        tmp_path,
+        """
       window.requestAnimationFrame = (act) => setTimeout(act, 16);           // frames of the browser's virtual time
       const root = document.querySelector(".playground-training"), button = (text) => [...root.querySelectorAll("button")].find((b) => b.textContent === text);
       const later = (frames) => new Promise((done) => { const next = (n) => n ? requestAnimationFrame(() => next(n - 1)) : done(); next(frames); });
@@ -132,19 +202,35 @@ def test_controls(tmp_path):
       out.half = figure.rotvq.drawn.gradient; out.after = figure.rotvq.drawn.after; out.cell = figure.rotvq.drawn.cell;
       estimator.value = "ste"; estimator.dispatchEvent(new Event("change")); out.ste = figure.rotvq.drawn.gradient;
       figure.rotvq.move("z", [-1, -1]); panel.querySelector("button").click(); out.back = figure.rotvq.state;
-      return out;""", BODY, SCRIPTS)
-    assert answer["labels"] and answer["start"] == [0, 0] and answer["one"] == [1, 1] and answer["playing"]
-    assert answer["played"] > 1 and answer["paused"] == answer["played"] and "straight-through" in answer["said"]
+      return out;""",
+        BODY,
+        SCRIPTS,
+    )
+    assert (
+        answer["labels"]
+        and answer["start"] == [0, 0]
+        and answer["one"] == [1, 1]
+        and answer["playing"]
+    )
+    assert (
+        answer["played"] > 1
+        and answer["paused"] == answer["played"]
+        and "straight-through" in answer["said"]
+    )
     assert answer["kept"] == answer["played"] and answer["estimator"] == "reflection"
     assert answer["reset"] == 0 and answer["decay"] == 0.99 and answer["drawn"] > 10
     state = {k: double(v) for k, v in answer["state"].items()}
 
     def gradient(z, gamma=None):
         z = z.clone().requires_grad_()
-        return torch.autograd.grad(TRICKS["rotation"](z, state["q"].expand_as(z), gamma=gamma), z, state["g"].expand_as(z))[0]
+        return torch.autograd.grad(
+            TRICKS["rotation"](z, state["q"].expand_as(z), gamma=gamma), z, state["g"].expand_as(z)
+        )[0]
+
     assert_close(double(answer["before"]), gradient(state["z"]))
-    assert_close(double(answer["half"]), gradient(state["z"], .5))
+    assert_close(double(answer["half"]), gradient(state["z"], 0.5))
     cell = double(answer["cell"])
-    assert_close(double(answer["after"]), cell - .4 * gradient(cell, .5))
+    assert_close(double(answer["after"]), cell - 0.4 * gradient(cell, 0.5))
     assert answer["ste"] == answer["state"]["g"]
-    for name, value in answer["state"].items(): assert_close(double(answer["back"][name]), double(value))
+    for name, value in answer["state"].items():
+        assert_close(double(answer["back"][name]), double(value))

@@ -1,4 +1,6 @@
-"""The project as a whole: notebooks and package agree, outputs are clean, README and landing page agree, the package is light."""
+"""The project as a whole: notebooks and package agree, outputs are clean, README and landing page
+agree, the package is light."""
+
 import ast
 import json
 import os
@@ -16,7 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 
 
-def cells(notebook: Path): return json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+def cells(notebook: Path):
+    return json.loads(notebook.read_text(encoding="utf-8"))["cells"]
 
 
 def settings():
@@ -30,18 +33,36 @@ def copy(tmp_path_factory):
     "A copy of what export and clean read and write, so that the working tree stays as it is."
     place = tmp_path_factory.mktemp("project") / "rotvq"
     place.mkdir()
-    for name in ("nbs", "rotvq"): shutil.copytree(ROOT / name, place / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
-    for name in ("settings.ini", "pyproject.toml", "_quarto.yml", "setup.py"): shutil.copy(ROOT / name, place)
+    for name in ("nbs", "rotvq"):
+        shutil.copytree(
+            ROOT / name,
+            place / name,
+            symlinks=True,
+            ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"),
+        )
+    for name in ("settings.ini", "pyproject.toml", "_quarto.yml", "setup.py"):
+        shutil.copy(ROOT / name, place)
     return place
 
 
 def nbdev(command: str, place: Path):
     env = {k: v for k, v in os.environ.items() if k != "IN_TEST"}
-    done = subprocess.run([str(Path(sys.executable).with_name(command))], cwd=place, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name(command))],
+        cwd=place,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
 
 
-def contents(folder: Path, pattern: str) -> dict: return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.glob(pattern)) if p.is_file()}
+def contents(folder: Path, pattern: str) -> dict:
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes()
+        for p in sorted(folder.glob(pattern))
+        if p.is_file()
+    }
 
 
 def test_export_leaves_no_difference(copy):
@@ -55,12 +76,18 @@ def test_clean_leaves_no_difference(copy):
 
 
 def test_readme_is_the_landing_page():
-    done = subprocess.run([sys.executable, ROOT / "tools" / "readme.py", "--check"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "readme.py", "--check"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
 def test_benchmark_page_shows_the_results():
-    done = subprocess.run([sys.executable, ROOT / "tools" / "benchmarks_page.py", "--check"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "benchmarks_page.py", "--check"],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -68,22 +95,42 @@ def test_the_benchmark_page_refuses_what_was_disturbed(monkeypatch):
     "Median and quartiles of a lookup beside which other work began."
     monkeypatch.syspath_prepend(ROOT / "tools")
     from benchmarks_page import refuse_disturbed
+
     row = {"median_s": 0.01, "quartiles_s": [0.009, 0.0149]}
     refuse_disturbed("quiet.json", {"shapes": [{"lookup": {"rotvq": row}}]})
-    with pytest.raises(SystemExit, match="loud.json: a quartile lies 2200%"): refuse_disturbed("loud.json", {"curves": {"N": [{"lookup": {"rotvq": row | {"quartiles_s": [0.009, 0.23]}}}]}})
+    with pytest.raises(SystemExit, match="loud.json: a quartile lies 2200%"):
+        refuse_disturbed(
+            "loud.json",
+            {"curves": {"N": [{"lookup": {"rotvq": row | {"quartiles_s": [0.009, 0.23]}}}]}},
+        )
 
 
 def test_solutions_are_folded_and_no_widget_is_stored():
     for notebook in NOTEBOOKS:
         for cell in cells(notebook):
-            if '#| code-summary: "Solution"' in "".join(cell["source"]): assert cell["metadata"].get("jupyter") == {"outputs_hidden": True, "source_hidden": True}, notebook.name
-            assert not [o for o in cell.get("outputs", []) if "application/vnd.jupyter.widget-view+json" in o.get("data", {})], notebook.name
+            if '#| code-summary: "Solution"' in "".join(cell["source"]):
+                assert cell["metadata"].get("jupyter") == {
+                    "outputs_hidden": True,
+                    "source_hidden": True,
+                }, notebook.name
+            assert not [
+                o
+                for o in cell.get("outputs", [])
+                if "application/vnd.jupyter.widget-view+json" in o.get("data", {})
+            ], notebook.name
 
 
 def test_links_and_pictures_lead_somewhere():
     for file in [ROOT / "README.md", *(ROOT / "nbs").glob("*.qmd"), *NOTEBOOKS]:
-        text = file.read_text(encoding="utf-8") if file.suffix != ".ipynb" else "\n".join("".join(c["source"]) for c in cells(file) if c["cell_type"] == "markdown")
-        for target in re.findall(r"\]\((?!https?://|#)([^)#\s]+)", text): assert (file.parent / target).exists(), f"{file.name}: {target}"
+        text = (
+            file.read_text(encoding="utf-8")
+            if file.suffix != ".ipynb"
+            else "\n".join(
+                "".join(c["source"]) for c in cells(file) if c["cell_type"] == "markdown"
+            )
+        )
+        for target in re.findall(r"\]\((?!https?://|#)([^)#\s]+)", text):
+            assert (file.parent / target).exists(), f"{file.name}: {target}"
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
@@ -91,119 +138,197 @@ def test_notebook_is_executed_and_clean(notebook):
     code = [c for c in cells(notebook) if c["cell_type"] == "code"]
     outputs = [o for c in code for o in c["outputs"]]
     assert not [o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"]
-    if len(code) > 3: assert outputs, "not executed"
+    if len(code) > 3:
+        assert outputs, "not executed"
     for cell in code:
         source = "".join(cell["source"])
         if "explorable(" in source and "def explorable" not in source:
-            html, = ("".join(o["data"]["text/html"]) for o in cell["outputs"] if "rotvq-explorable" in "".join(o.get("data", {}).get("text/html", "")))
+            (html,) = (
+                "".join(o["data"]["text/html"])
+                for o in cell["outputs"]
+                if "rotvq-explorable" in "".join(o.get("data", {}).get("text/html", ""))
+            )
             assert len(re.search(r'<img alt="([^"]*)"', html)[1]) > 30
-            assert notebook.stem in ("index", "90_plots") or re.search(r"#\| label: fig-.*\n#\| fig-cap: ", source)
-        elif "#| label: fig-" in source: assert "#| fig-cap: " in source and "#| fig-alt: " in source and any("image/png" in o.get("data", {}) for o in cell["outputs"])
-        if any("text/markdown" in o.get("data", {}) for o in cell["outputs"]) and not re.search(r"#\| (classes: answer|echo: false)", source) and notebook.stem[:2] not in ("89", "91"):
-            assert re.search(r"#\| label: tbl-.*\n(#\| column.*\n)?#\| tbl-cap: ", source), f"a table without number or caption: {source[:60]}"
+            assert notebook.stem in ("index", "90_plots") or re.search(
+                r"#\| label: fig-.*\n#\| fig-cap: ", source
+            )
+        elif "#| label: fig-" in source:
+            assert (
+                "#| fig-cap: " in source
+                and "#| fig-alt: " in source
+                and any("image/png" in o.get("data", {}) for o in cell["outputs"])
+            )
+        if (
+            any("text/markdown" in o.get("data", {}) for o in cell["outputs"])
+            and not re.search(r"#\| (classes: answer|echo: false)", source)
+            and notebook.stem[:2] not in ("89", "91")
+        ):
+            assert re.search(r"#\| label: tbl-.*\n(#\| column.*\n)?#\| tbl-cap: ", source), (
+                f"a table without number or caption: {source[:60]}"
+            )
         directives = re.match(r"(?:#\|.*\n)*", source).group()
-        if "eval: false" not in directives and cell is not code[0]: ast.parse(source)
-        if "export" in directives:                                        # the docs build runs these cells alone
-            kinds = {type(node) in (ast.Import, ast.ImportFrom) for node in ast.parse(source).body if not isinstance(node, ast.Expr)}
-            if notebook.stem != "index": assert len(kinds) < 2, f"imports mixed with other code: {source[:60]}"
+        if "eval: false" not in directives and cell is not code[0]:
+            ast.parse(source)
+        if "export" in directives:  # the docs build runs these cells alone
+            kinds = {
+                type(node) in (ast.Import, ast.ImportFrom)
+                for node in ast.parse(source).body
+                if not isinstance(node, ast.Expr)
+            }
+            if notebook.stem != "index":
+                assert len(kinds) < 2, f"imports mixed with other code: {source[:60]}"
 
 
 def test_notebooks_begin_alike():
-    "A number in the title of a chapter; then a cell that says how long it takes, and installs the package where it is missing."
+    """A number in the title of a chapter; then a cell that says how long it takes, and installs the
+    package where it is missing."""
     begins = set()
     for notebook in NOTEBOOKS:
         held = cells(notebook)
         title, number = "".join(held[0]["source"]), re.match(r"[012]\d", notebook.stem)
-        if number: assert title.startswith(f"# {int(number[0])} · "), notebook.name
+        if number:
+            assert title.startswith(f"# {int(number[0])} · "), notebook.name
         first = next("".join(c["source"]) for c in held if c["cell_type"] == "code")
-        assert re.search(r"Runs in (\d+ seconds|\d+ minutes?) on two CPU cores", first), notebook.name
+        assert re.search(r"Runs in (\d+ seconds|\d+ minutes?) on two CPU cores", first), (
+            notebook.name
+        )
         begins.add(re.sub(r"Runs in \d+ \w+", "", first))
     assert len(begins) == 1
 
 
 def works() -> dict[str, str]:
     "Key and address of each work of the bibliography."
-    return dict(re.findall(r"@\w+\{(\w+),.*?url = \{([^}]+)\}", (ROOT / "nbs" / "references.bib").read_text(encoding="utf-8"), re.DOTALL))
+    return dict(
+        re.findall(
+            r"@\w+\{(\w+),.*?url = \{([^}]+)\}",
+            (ROOT / "nbs" / "references.bib").read_text(encoding="utf-8"),
+            re.DOTALL,
+        )
+    )
 
 
 def test_works_resolve():
-    "Each link to a paper or an article leads to a work of the bibliography, and each of those is on the page of the literature."
+    """Each link to a paper or an article leads to a work of the bibliography, and each of those is
+    on the page of the literature."""
     page = (ROOT / "nbs" / "literature.qmd").read_text(encoding="utf-8")
     assert set(works()) == set(re.findall(r"@(\w+)(?=[, ])", page.split("## To cite")[0]))
     for file in [*NOTEBOOKS, *(ROOT / "nbs").glob("*.qmd")]:
-        text = "\n".join("".join(c["source"]) for c in cells(file) if c["cell_type"] == "markdown") if file.suffix == ".ipynb" else file.read_text(encoding="utf-8")
-        for address in re.findall(r"\]\((https?://(?:arxiv|doi|dl\.acm|kexue)[^)]*)\)", text): assert address in works().values(), f"{file.name}: {address}"
+        text = (
+            "\n".join("".join(c["source"]) for c in cells(file) if c["cell_type"] == "markdown")
+            if file.suffix == ".ipynb"
+            else file.read_text(encoding="utf-8")
+        )
+        for address in re.findall(r"\]\((https?://(?:arxiv|doi|dl\.acm|kexue)[^)]*)\)", text):
+            assert address in works().values(), f"{file.name}: {address}"
 
 
 def test_no_notebook_replaces_an_operator_of_the_package():
-    "An operator that is defined again under its name leaves the first one dangling, and the process may crash."
+    """An operator that is defined again under its name leaves the first one dangling, and the
+    process may crash."""
     for notebook in NOTEBOOKS:
-        for cell in cells(notebook): assert not re.search(r"custom_op\(\s*[\"']rotvq::", "".join(cell["source"])), notebook.name
+        for cell in cells(notebook):
+            assert not re.search(r"custom_op\(\s*[\"']rotvq::", "".join(cell["source"])), (
+                notebook.name
+            )
 
 
 def test_every_notebook_is_in_the_sidebar():
-    site = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"]
+    site = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["website"]["sidebar"][
+        "contents"
+    ]
     listed = [page for entry in site for page in entry.get("contents", [entry])]
     for page in listed:
-        if re.match("[01]", page["href"]): assert page["text"].startswith(f"{int(page['href'][:2])} ")
-    assert sorted(page["href"] for page in listed if "/" not in page["href"]) == sorted(p.name for p in [*NOTEBOOKS, *(ROOT / "nbs").glob("[a-z]*.qmd")])
+        if re.match("[01]", page["href"]):
+            assert page["text"].startswith(f"{int(page['href'][:2])} ")
+    assert sorted(page["href"] for page in listed if "/" not in page["href"]) == sorted(
+        p.name for p in [*NOTEBOOKS, *(ROOT / "nbs").glob("[a-z]*.qmd")]
+    )
     assert (ROOT / "nbs" / "_quarto.yml").is_symlink() and not (ROOT / "_quarto.yml").is_symlink()
 
 
 def test_import_needs_the_run_time_requirements_only(tmp_path):
     "Import and train with every other package of the development environment out of reach."
-    absent = "matplotlib IPython jupyter_core ipywidgets nbdev fastcore execnb pytest hypothesis vector_quantize_pytorch yaml torchmetrics tensorboard".split()
+    absent = (
+        "matplotlib IPython jupyter_core ipywidgets nbdev fastcore execnb pytest hypothesis"
+        " vector_quantize_pytorch yaml torchmetrics tensorboard".split()
+    )
     code = f"""
 import sys
-sys.modules.update(dict.fromkeys({absent}))                             # None: importing it raises ModuleNotFoundError
+sys.modules.update(dict.fromkeys({absent}))  # None: importing it raises ModuleNotFoundError
 import rotvq
 from rotvq.cli import main
 sys.exit(main(["train", "--preset", "smoke", "--data", "sample", "--out", sys.argv[1] + "/run"]))
 """
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert "no curves.png" in done.stderr and (tmp_path / "run" / "reconstructions.png").exists()
 
 
 def test_modules_import_only_earlier_chapters():
-    """The staircase: a module imports from chapters before its own; only the command line may draw, and only inside a
-    function. The first four rooms of the machine room lie between the trick (1 to 6) and the layer, those on runs and graphs
-    before the training; stacks and relatives of the layer come right after it."""
+    """The staircase: a module imports from chapters before its own; only the command line may draw,
+    and only inside a function. The first four rooms of the machine room lie between the trick (1 to
+    6) and the layer, those on runs and graphs before the training; stacks and relatives of the
+    layer come right after it."""
     chapter, early = {}, {80: 6, 81: 6, 82: 6, 83: 6, 93: 6, 18: 8, 19: 8, 87: 11, 92: 11}
     for notebook in NOTEBOOKS:
-        name = re.search(r"#\| default_exp (\w+)", "".join("".join(c["source"]) for c in cells(notebook) if c["cell_type"] == "code"))
+        name = re.search(
+            r"#\| default_exp (\w+)",
+            "".join("".join(c["source"]) for c in cells(notebook) if c["cell_type"] == "code"),
+        )
         number = int(re.match(r"\d*", notebook.stem).group() or 0)
-        if name and notebook.stem != "index": chapter[name.group(1)] = number / 100 + early[number] if number in early else number
+        if name and notebook.stem != "index":
+            chapter[name.group(1)] = number / 100 + early[number] if number in early else number
     assert set(chapter) == {p.stem for p in (ROOT / "rotvq").glob("[!_]*.py")}
     for module, number in chapter.items():
         for node in ast.parse((ROOT / "rotvq" / f"{module}.py").read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ImportFrom) and (node.level or node.module.startswith("rotvq")):
-                others = [node.module.removeprefix("rotvq.")] if node.module else [name.name for name in node.names]
-                for other in others: assert chapter[other] < number, f"{module} imports {other}"
+                others = (
+                    [node.module.removeprefix("rotvq.")]
+                    if node.module
+                    else [name.name for name in node.names]
+                )
+                for other in others:
+                    assert chapter[other] < number, f"{module} imports {other}"
 
 
 def test_workflows_run_what_the_makefile_has():
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-    assert {"train", "test", "test-oldest", "test-integrations", "lab", "docs", "export", "clean"} <= targets
+    targets = set(
+        re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    )
+    assert {
+        "train",
+        "test",
+        "test-oldest",
+        "test-integrations",
+        "lab",
+        "docs",
+        "export",
+        "clean",
+    } <= targets
     for file in (ROOT / ".github" / "workflows").glob("*.yml"):
         jobs = yaml.safe_load(file.read_text(encoding="utf-8"))["jobs"]
         steps = [step for job in jobs.values() for step in job["steps"]]
         assert all(("uses" in step) != ("run" in step) for step in steps)
         for step in steps:
-            if "run" in step: assert step["run"].split()[0] == "make" and step["run"].split()[1] in targets
+            if "run" in step:
+                assert step["run"].split()[0] == "make" and step["run"].split()[1] in targets
     assert "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
 def test_nbdev_is_pinned_with_what_it_needs():
     dev = settings()["dev_requirements"].split()
-    for pin in ("nbdev==2.4.14", "execnb<0.2", "fastcore<2", "ghapi<2", "fastgit<0.1"): assert pin in dev
+    for pin in ("nbdev==2.4.14", "execnb<0.2", "fastcore<2", "ghapi<2", "fastgit<0.1"):
+        assert pin in dev
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
 def test_code_fits_its_column(notebook):
     for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
         if cell["cell_type"] == "code":
-            for line in "".join(cell["source"]).splitlines(): assert len(line) <= 88 or line.startswith("#|"), line
+            for line in "".join(cell["source"]).splitlines():
+                assert len(line) <= 88 or line.startswith("#|"), line
 
 
 def minutes(notebook: Path) -> float:
@@ -212,13 +337,20 @@ def minutes(notebook: Path) -> float:
     text = " ".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
     code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
     words = len(re.sub(r"\$\$?.*?\$\$?|\(http[^)]*\)", " x ", text, flags=re.DOTALL).split())
-    return words / 200 + sum(source.count("\n") + 1 for source in code if "#| hide" not in source) / 25
+    return (
+        words / 200 + sum(source.count("\n") + 1 for source in code if "#| hide" not in source) / 25
+    )
 
 
 def test_minutes_to_read():
-    rows = re.findall(r"^\| \d+ \|.*\]\(nbs/(\S+\.ipynb)\).*\| (\d+) \|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    rows = re.findall(
+        r"^\| \d+ \|.*\]\(nbs/(\S+\.ipynb)\).*\| (\d+) \|$",
+        (ROOT / "README.md").read_text(encoding="utf-8"),
+        re.MULTILINE,
+    )
     assert len(rows) == 20
-    for name, said in rows: assert abs(minutes(ROOT / "nbs" / name) - int(said)) <= max(2, 0.12 * int(said)), name
+    for name, said in rows:
+        assert abs(minutes(ROOT / "nbs" / name) - int(said)) <= max(2, 0.12 * int(said)), name
 
 
 def test_citation_has_the_version():
@@ -229,46 +361,97 @@ def test_citation_has_the_version():
 def test_pages_are_mended():
     sys.path.insert(0, str(ROOT / "tools"))
     from mend_pages import mend
+
     inline = "<script>draw()</script>"
-    page = ('<script src="https://cdn.example.org/require.js/2.3.6/require.min.js" integrity="sha-1"></script>\n'
-            f'<script src="https://cdn.example.org/jquery.min.js"></script>{inline}<script src="site_libs/quarto.js"></script>')
+    page = (
+        '<script src="https://cdn.example.org/require.js/2.3.6/require.min.js"'
+        ' integrity="sha-1"></script>\n<script'
+        f' src="https://cdn.example.org/jquery.min.js"></script>{inline}<script'
+        ' src="site_libs/quarto.js"></script>'
+    )
     assert mend(page) == f'{inline}<script src="site_libs/quarto.js"></script>'
-    assert mend('<mover><mi>q</mi><mo accent="true">\u0302</mo></mover><mo form="prefix">∥</mo>') == (
-        '<mover><mi>q</mi><mo accent="true" stretchy="false">^</mo></mover><mo form="prefix">‖</mo>')
+    assert (
+        mend('<mover><mi>q</mi><mo accent="true">\u0302</mo></mover><mo form="prefix">∥</mo>')
+        == '<mover><mi>q</mi><mo accent="true" stretchy="false">^</mo></mover><mo'
+        ' form="prefix">‖</mo>'
+    )
 
 
 def test_links_to_works_become_citations():
     sys.path.insert(0, str(ROOT / "tools"))
     from mend_pages import cite, offer, works
-    entry = '<div id="ref-a2020" class="csl-entry" role="listitem">\nA. 2020. <a href="https://example.org/?x=1&amp;y">here</a>.\n</div>'
+
+    entry = (
+        '<div id="ref-a2020" class="csl-entry" role="listitem">\nA. 2020. <a'
+        ' href="https://example.org/?x=1&amp;y">here</a>.\n</div>'
+    )
     known = works(f'<div id="refs">{entry}<div id="ref-b" class="csl-entry">B.</div></div>')
     assert known == {"https://example.org/?x=1&y": ("a2020", entry)}
-    link, other = '<a href="https://example.org/?x=1&amp;y">A, 2020</a>', '<a href="https://example.org/z">z</a>'
+    link, other = (
+        '<a href="https://example.org/?x=1&amp;y">A, 2020</a>',
+        '<a href="https://example.org/z">z</a>',
+    )
     page = cite(f"{link}<main>{link} {other}</main>{link}", known)
-    cited = f'<span class="citation" data-cites="a2020">{link.replace("<a", "<a role=" + chr(34) + "doc-biblioref" + chr(34))}</span>'
-    assert page.startswith(f"{link}<main>{cited} {other}<section") and page.count(entry) == 1 and page.endswith(f"</section>\n</main>{link}")
-    for page in (f"<main>{other}</main>", link): assert cite(page, known) == page
+    marked = link.replace("<a", '<a role="doc-biblioref"')
+    cited = f'<span class="citation" data-cites="a2020">{marked}</span>'
+    assert (
+        page.startswith(f"{link}<main>{cited} {other}<section")
+        and page.count(entry) == 1
+        and page.endswith(f"</section>\n</main>{link}")
+    )
+    for page in (f"<main>{other}</main>", link):
+        assert cite(page, known) == page
     page = offer('<div class="toc-actions"><ul><li>edit</li></ul></div>', "01_a.ipynb")
-    assert 'href="01_a.ipynb" download' in page and "/github/rotvq/rotvq/blob/main/nbs/01_a.ipynb" in page and page.endswith("<li>edit</li></ul></div>")
+    assert (
+        'href="01_a.ipynb" download' in page
+        and "/github/rotvq/rotvq/blob/main/nbs/01_a.ipynb" in page
+        and page.endswith("<li>edit</li></ul></div>")
+    )
 
 
 def test_names_lead_to_the_reference():
     sys.path.insert(0, str(ROOT / "tools"))
     import reference
     from mend_pages import mend
-    assert mend('<a href="https://rotvq.github.io/rotvq/vqvae.html#nearest_code">') == '<a href="reference/codebook.html#nearest_code">'
-    assert mend(f"<pre><code>{'word ' * 20}</code></pre>").startswith('<pre class="sentences" tabindex="0"><code>word')
-    assert mend(f"<pre><code>{'column    ' * 10}</code></pre>").startswith('<pre tabindex="0"><code>column')
-    assert mend('<meta property="og:image" content="https://rotvq.github.io/rotvq/data:image/png;base64,iVBO">') == (
-        '<meta property="og:image" content="https://rotvq.github.io/rotvq/images/effect.png">')
-    assert mend('<a href="https://rotvq.github.io/rotvq/when.html">') == '<a href="https://rotvq.github.io/rotvq/when.html">'
-    held = {p.name: p.read_text(encoding="utf-8") for p in (ROOT / "nbs" / "reference").glob("*.qmd")}
+
+    assert (
+        mend('<a href="https://rotvq.github.io/rotvq/vqvae.html#nearest_code">')
+        == '<a href="reference/codebook.html#nearest_code">'
+    )
+    assert mend(f"<pre><code>{'word ' * 20}</code></pre>").startswith(
+        '<pre class="sentences" tabindex="0"><code>word'
+    )
+    assert mend(f"<pre><code>{'column    ' * 10}</code></pre>").startswith(
+        '<pre tabindex="0"><code>column'
+    )
+    assert (
+        mend(
+            '<meta property="og:image"'
+            ' content="https://rotvq.github.io/rotvq/data:image/png;base64,iVBO">'
+        )
+        == '<meta property="og:image" content="https://rotvq.github.io/rotvq/images/effect.png">'
+    )
+    assert (
+        mend('<a href="https://rotvq.github.io/rotvq/when.html">')
+        == '<a href="https://rotvq.github.io/rotvq/when.html">'
+    )
+    held = {
+        p.name: p.read_text(encoding="utf-8") for p in (ROOT / "nbs" / "reference").glob("*.qmd")
+    }
     assert held == reference.pages(), "run `make export`"
-    listed = re.findall(r"href: reference/(\S+)", (ROOT / "_quarto.yml").read_text(encoding="utf-8"))
+    listed = re.findall(
+        r"href: reference/(\S+)", (ROOT / "_quarto.yml").read_text(encoding="utf-8")
+    )
     assert sorted(listed) == sorted(held)
     assert "(self, z: Tensor, mask: Tensor | None = None) -> Diagnosis" in held["quantizer.qmd"]
-    assert "    size: int = 64\n" in held["training.qmd"] and "    # side of the pictures, pixels\n" in held["training.qmd"] and "@dataclass(frozen=True)\nclass Config" in held["training.qmd"]
+    assert (
+        "    size: int = 64\n" in held["training.qmd"]
+        and "    # side of the pictures, pixels\n" in held["training.qmd"]
+        and "@dataclass(frozen=True)\nclass Config" in held["training.qmd"]
+    )
     for name, text in held.items():
         anchors = re.findall(r"\{#(\S+)\}", text)
         assert len(anchors) == len(set(anchors)), name
-    assert "    *,\n    estimator: str | Estimator" in held["quantizer.qmd"].replace("        ", "    ")
+    assert "    *,\n    estimator: str | Estimator" in held["quantizer.qmd"].replace(
+        "        ", "    "
+    )

@@ -1,4 +1,5 @@
 """The layer: layouts, learning, independence of mode and copies, compilation, bad input."""
+
 import copy
 import pickle
 import warnings
@@ -14,13 +15,19 @@ from rotvq.codebook import nearest_code
 from rotvq.convert import convert_state_dict
 from rotvq.distributed import sample_rows
 from rotvq.quantizer import ESTIMATORS
-
 from test_estimators import explicit
 
-
-OPTIONS = {"plain": {}, "cosine": {"distance": "cosine"}, "learnable": {"learnable": True}, "learnable cosine": {"learnable": True, "distance": "cosine"},
-           "revival": {"revive_after": 1}, "learnable revival": {"learnable": True, "revive_after": 2}, "cosine revival": {"distance": "cosine", "revive_after": 1},
-           "frozen": {"frozen": True}, "k-means": {"init": "kmeans"}}
+OPTIONS = {
+    "plain": {},
+    "cosine": {"distance": "cosine"},
+    "learnable": {"learnable": True},
+    "learnable cosine": {"learnable": True, "distance": "cosine"},
+    "revival": {"revive_after": 1},
+    "learnable revival": {"learnable": True, "revive_after": 2},
+    "cosine revival": {"distance": "cosine", "revive_after": 1},
+    "frozen": {"frozen": True},
+    "k-means": {"init": "kmeans"},
+}
 
 
 def layer(**kw):
@@ -28,15 +35,22 @@ def layer(**kw):
     return VectorQuantizer(8, 32, **({"init": "normal"} | kw))
 
 
-def state_of(vq): return {k: v.detach().clone() for k, v in vq.state_dict().items()}
+def state_of(vq):
+    return {k: v.detach().clone() for k, v in vq.state_dict().items()}
 
 
-def same(a, b): return all(torch.equal(v, b[k]) for k, v in a.items())
+def same(a, b):
+    return all(torch.equal(v, b[k]) for k, v in a.items())
 
 
 def test_returns_unpack_and_value_is_a_code():
     q, indices, loss = out = layer()(torch.randn(5, 7, 8))
-    assert isinstance(out, Quantized) and q.shape == (5, 7, 8) and indices.shape == (5, 7) and loss.shape == ()
+    assert (
+        isinstance(out, Quantized)
+        and q.shape == (5, 7, 8)
+        and indices.shape == (5, 7)
+        and loss.shape == ()
+    )
 
 
 def test_estimators_share_the_value_and_differ_in_the_gradient():
@@ -49,23 +63,41 @@ def test_estimators_share_the_value_and_differ_in_the_gradient():
         assert torch.equal(q, vq.codebook[indices])
         grads[name] = torch.autograd.grad(q, leaf, g)[0]
         # the rule is straight-through in a layer that neither learns nor has learned
-        assert_close(grads[name].double(), explicit("ste" if name == "rotation-until-used" else name, z, q.detach(), g), rtol=1e-4, atol=1e-5)
-    assert all((grads[a] - grads[b]).abs().median() > 0.1 for a, b in (("ste", "rotation"), ("ste", "reflection"), ("rotation", "reflection")))
+        assert_close(
+            grads[name].double(),
+            explicit("ste" if name == "rotation-until-used" else name, z, q.detach(), g),
+            rtol=1e-4,
+            atol=1e-5,
+        )
+    assert all(
+        (grads[a] - grads[b]).abs().median() > 0.1
+        for a, b in (("ste", "rotation"), ("ste", "reflection"), ("rotation", "reflection"))
+    )
 
 
 def test_a_function_of_your_own_is_the_estimator():
     z = torch.randn(5, 8, requires_grad=True)
     vq = layer(estimator=lambda z, q: 3 * z + (q - 3 * z).detach())
-    assert torch.autograd.grad(vq(z).q.sum(), z)[0].eq(3).all() and vq.estimator_name == "custom:<lambda>"
+    assert (
+        torch.autograd.grad(vq(z).q.sum(), z)[0].eq(3).all()
+        and vq.estimator_name == "custom:<lambda>"
+    )
     assert layer(estimator=rotation_trick).estimator_name == "rotation"
 
 
 def test_layouts_agree():
     vq, x = layer(), torch.randn(2, 8, 3, 5)
-    results = [copy.deepcopy(vq)(x), copy.deepcopy(vq)(x.permute(0, 2, 3, 1)), copy.deepcopy(vq)(x.to(memory_format=torch.channels_last))]
-    assert torch.equal(results[0].q, results[2].q) and torch.equal(results[0].q.permute(0, 2, 3, 1), results[1].q)
+    results = [
+        copy.deepcopy(vq)(x),
+        copy.deepcopy(vq)(x.permute(0, 2, 3, 1)),
+        copy.deepcopy(vq)(x.to(memory_format=torch.channels_last)),
+    ]
+    assert torch.equal(results[0].q, results[2].q) and torch.equal(
+        results[0].q.permute(0, 2, 3, 1), results[1].q
+    )
     assert all(torch.equal(r.indices, results[0].indices) for r in results)
-    with pytest.raises(ValueError, match="channel_first"): vq(torch.randn(2, 8, 3, 8))
+    with pytest.raises(ValueError, match="channel_first"):
+        vq(torch.randn(2, 8, 3, 8))
     first, last = layer(channel_first=True), layer(channel_first=False)
     square = torch.randn(2, 8, 3, 8)
     assert first(square).indices.shape == (2, 3, 8) and last(square).indices.shape == (2, 8, 3)
@@ -98,45 +130,63 @@ def test_same_after_copy_pickle_and_state_dict(options):
     other = VectorQuantizer(8, 32, **OPTIONS[options])
     other.load_state_dict(vq.state_dict())
     for twin in (copy.deepcopy(vq), pickle.loads(pickle.dumps(vq)), other):
-        torch.manual_seed(3)                                            # revival draws
+        torch.manual_seed(3)  # revival draws
         a = copy.deepcopy(vq)(z)
         torch.manual_seed(3)
         b = twin(z)
-        assert torch.equal(a.q, b.q) and torch.equal(a.indices, b.indices) and torch.equal(a.loss, b.loss)
+        assert (
+            torch.equal(a.q, b.q)
+            and torch.equal(a.indices, b.indices)
+            and torch.equal(a.loss, b.loss)
+        )
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("options", [{"estimator": name} for name in ESTIMATORS] + list(OPTIONS.values())[1:], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"estimator": name} for name in ESTIMATORS] + list(OPTIONS.values())[1:], ids=str
+)
 def test_compiles_whole_and_runs_on_meta(mode, options):
-    torch._dynamo.reset()                                                # each layer is a new variant of one function
+    torch._dynamo.reset()  # each layer is a new variant of one function
     vq, x = layer(**options), torch.randn(2, 8, 4, 4)
-    if vq.init == "kmeans": vq.kmeans_init(x)
-    if mode == "train": vq.waited[::2] = 5                                # revival, where it is on, acts in this very step
+    if vq.init == "kmeans":
+        vq.kmeans_init(x)
+    if mode == "train":
+        vq.waited[::2] = 5  # revival, where it is on, acts in this very step
     getattr(vq, mode)()
     twin = copy.deepcopy(vq)
-    for net in (vq, twin): net.learn()                                    # from now on they learn when they are told to
+    for net in (vq, twin):
+        net.learn()  # from now on they learn when they are told to
     compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
     for net, leaf in ((vq, a), (compiled, b)):
         torch.manual_seed(1)
         out = net(leaf)
         (out.q.square().sum() + out.loss).backward()
-    for net in (vq, twin): net.learn()
-    assert b.grad.isfinite().all() and (not vq.learnable or vq.frozen or twin.codebook.grad.isfinite().all())
+    for net in (vq, twin):
+        net.learn()
+    assert b.grad.isfinite().all() and (
+        not vq.learnable or vq.frozen or twin.codebook.grad.isfinite().all()
+    )
     assert_close(a.grad, b.grad)
     assert_close(vq.state_dict(), twin.state_dict())
-    if vq.learnable: assert_close(vq.codebook.grad, twin.codebook.grad)
+    if vq.learnable:
+        assert_close(vq.codebook.grad, twin.codebook.grad)
     on_meta = layer(**options).to("meta")
     getattr(on_meta, mode)()
-    for _ in range(2): assert on_meta(x.to("meta")).q.shape == x.shape
-    if mode == "train": on_meta.learn()
+    for _ in range(2):
+        assert on_meta(x.to("meta")).q.shape == x.shape
+    if mode == "train":
+        on_meta.learn()
 
 
 def test_autocast_and_half_inputs_keep_the_codebook_in_float32():
     vq, x = layer(), torch.randn(4, 10, 8)
-    with torch.autocast("cpu", torch.bfloat16): out = vq(x.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        out = vq(x.bfloat16())
     assert out.q.dtype == torch.bfloat16 and out.loss.dtype == torch.float32
-    assert all(v.dtype == torch.float32 for k, v in vq.state_dict().items() if v.is_floating_point())
+    assert all(
+        v.dtype == torch.float32 for k, v in vq.state_dict().items() if v.is_floating_point()
+    )
 
 
 def test_empty_input_changes_nothing():
@@ -157,19 +207,38 @@ def test_kmeans_init_lowers_the_error():
     assert vq(z).loss < 0.7 * before and len(vq(z).indices.unique()) > 25
 
 
-@pytest.mark.parametrize("kw, word", [(dict(dim=0), "dim = 0"), (dict(codebook_size=0), "codebook_size = 0"), (dict(decay=1.0), "decay = 1.0"),
-    (dict(decay=-0.1), "decay"), (dict(commitment=-1), "commitment"), (dict(estimator="nope"), "nope"), (dict(init="zeros"), "zeros"),
-    (dict(distance="l1"), "l1"), (dict(revive_after=0), "revive_after = 0"), (dict(revive_after=2.5), "2.5"), (dict(revive_after=True), "True"), (dict(decay=float("nan")), "decay = nan"), (dict(commitment=float("nan")), "commitment = nan")])
+@pytest.mark.parametrize(
+    "kw, word",
+    [
+        (dict(dim=0), "dim = 0"),
+        (dict(codebook_size=0), "codebook_size = 0"),
+        (dict(decay=1.0), "decay = 1.0"),
+        (dict(decay=-0.1), "decay"),
+        (dict(commitment=-1), "commitment"),
+        (dict(estimator="nope"), "nope"),
+        (dict(init="zeros"), "zeros"),
+        (dict(distance="l1"), "l1"),
+        (dict(revive_after=0), "revive_after = 0"),
+        (dict(revive_after=2.5), "2.5"),
+        (dict(revive_after=True), "True"),
+        (dict(decay=float("nan")), "decay = nan"),
+        (dict(commitment=float("nan")), "commitment = nan"),
+    ],
+)
 def test_bad_settings_are_refused(kw, word):
-    with pytest.raises(ValueError, match=word): VectorQuantizer(**(dict(dim=4, codebook_size=8) | kw))
+    with pytest.raises(ValueError, match=word):
+        VectorQuantizer(**(dict(dim=4, codebook_size=8) | kw))
 
 
 def test_bad_input_is_refused():
     vq = layer()
-    with pytest.raises(ValueError, match=r"\(2, 9\).*dim = 8"): vq(torch.zeros(2, 9))
-    with pytest.raises(TypeError, match="int64"): vq(torch.zeros(2, 8, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"\(2, 9\).*dim = 8"):
+        vq(torch.zeros(2, 9))
+    with pytest.raises(TypeError, match="int64"):
+        vq(torch.zeros(2, 8, dtype=torch.int64))
     for bad in (torch.zeros(2), torch.zeros(2, dtype=torch.bool)):
-        with pytest.raises(TypeError, match="integers"): vq.decode(bad)
+        with pytest.raises(TypeError, match="integers"):
+            vq.decode(bad)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
@@ -194,7 +263,10 @@ def test_padding_counts_for_nothing(options):
     gen = torch.Generator().manual_seed(0)
     z, mask = torch.randn(4, 30, 8, generator=gen), torch.rand(4, 30, generator=gen) < 0.6
     alone, padded = layer(**OPTIONS[options]), layer(**OPTIONS[options])
-    leaf, leaf_alone = torch.where(mask[..., None], z, torch.nan).requires_grad_(), z[mask].requires_grad_()
+    leaf, leaf_alone = (
+        torch.where(mask[..., None], z, torch.nan).requires_grad_(),
+        z[mask].requires_grad_(),
+    )
     torch.manual_seed(1)
     a = alone(leaf_alone)
     torch.manual_seed(1)
@@ -217,8 +289,10 @@ def test_vectors_are_taken_whatever_channel_first_says():
 def test_masks_of_feature_maps_and_masks_that_do_not_fit():
     vq, x, mask = layer(), torch.randn(2, 8, 3, 5), torch.rand(2, 3, 5) < 0.5
     assert torch.equal(vq(x, mask).indices >= 0, mask)
-    with pytest.raises(ValueError, match=r"\(2, 15\).*\(2, 3, 5\)"): vq(x, mask.view(2, 15))
-    with pytest.raises(TypeError, match="float32.*boolean"): vq(x, mask.float())
+    with pytest.raises(ValueError, match=r"\(2, 15\).*\(2, 3, 5\)"):
+        vq(x, mask.view(2, 15))
+    with pytest.raises(TypeError, match="float32.*boolean"):
+        vq(x, mask.float())
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -232,7 +306,11 @@ def test_an_all_padding_batch_changes_nothing(options):
 
 
 def test_decode_gives_zero_for_padding():
-    vq, z, mask = layer().eval(), torch.randn(2, 6, 8), torch.tensor([[True] * 4 + [False] * 2, [True] * 6])
+    vq, z, mask = (
+        layer().eval(),
+        torch.randn(2, 6, 8),
+        torch.tensor([[True] * 4 + [False] * 2, [True] * 6]),
+    )
     out = vq(z, mask)
     assert torch.equal(vq.decode(out.indices), out.q)
 
@@ -244,17 +322,20 @@ def test_decode_gives_zero_for_padding():
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_batch_with_nan_leaves_the_codebook_untouched(options, value):
     vq = layer(**OPTIONS[options])
-    if vq.init != "kmeans": vq(torch.randn(40, 8))
+    if vq.init != "kmeans":
+        vq(torch.randn(40, 8))
     before, z = state_of(vq), torch.randn(40, 8)
     z[7, 3] = value
     out = vq(z.requires_grad_())
-    assert not out.loss.isfinite() and out.q.isfinite().all()             # noticed, but not spread
-    if vq.init == "kmeans": assert state_of(vq)["book.codes"].isfinite().all()   # placed on the good vectors
-    elif vq.learnable:                                                     # counts and revival go on with good vectors; so does the optimizer
+    assert not out.loss.isfinite() and out.q.isfinite().all()  # noticed, but not spread
+    if vq.init == "kmeans":
+        assert state_of(vq)["book.codes"].isfinite().all()  # placed on the good vectors
+    elif vq.learnable:  # counts and revival go on with good vectors; so does the optimizer
         assert state_of(vq)["book.codes"].isfinite().all()
         out.loss.backward()
         assert vq.codebook.grad.isfinite().all()
-    else: assert same(state_of(vq), before)
+    else:
+        assert same(state_of(vq), before)
 
 
 def test_a_kmeans_start_waits_for_a_good_batch():
@@ -263,10 +344,14 @@ def test_a_kmeans_start_waits_for_a_good_batch():
     assert not vq.ready
     vq(torch.randn(100, 8))
     assert vq.ready and vq.usage() > 0.8
-    with pytest.raises(ValueError, match="frozen"): layer(init="kmeans", frozen=True)
-    with pytest.raises(ValueError, match="0 batches"): layer().kmeans_init([])
-    with pytest.raises(ValueError, match="2 batches and a mask"): layer().kmeans_init([torch.randn(9, 8)] * 2, torch.ones(9, dtype=torch.bool))
-    with pytest.warns(UserWarning, match="5 vectors, of which 5 differ, for 32 codes"): layer(init="kmeans")(torch.randn(5, 8))
+    with pytest.raises(ValueError, match="frozen"):
+        layer(init="kmeans", frozen=True)
+    with pytest.raises(ValueError, match="0 batches"):
+        layer().kmeans_init([])
+    with pytest.raises(ValueError, match="2 batches and a mask"):
+        layer().kmeans_init([torch.randn(9, 8)] * 2, torch.ones(9, dtype=torch.bool))
+    with pytest.warns(UserWarning, match="5 vectors, of which 5 differ, for 32 codes"):
+        layer(init="kmeans")(torch.randn(5, 8))
 
 
 def test_the_state_decides_whether_a_kmeans_start_is_to_be_made():
@@ -275,8 +360,9 @@ def test_the_state_decides_whether_a_kmeans_start_is_to_be_made():
     placed.load_state_dict(fresh)
     before = placed.codebook.clone()
     placed(torch.randn(100, 8) + 50)
-    assert placed.ready and placed.codebook.mean() > 40 > before.mean()    # started again, far away
-    with pytest.raises(ValueError, match="finite"): layer().kmeans_init(torch.full((3, 8), torch.nan))
+    assert placed.ready and placed.codebook.mean() > 40 > before.mean()  # started again, far away
+    with pytest.raises(ValueError, match="finite"):
+        layer().kmeans_init(torch.full((3, 8), torch.nan))
 
 
 # Learning
@@ -284,15 +370,25 @@ def test_the_state_decides_whether_a_kmeans_start_is_to_be_made():
 
 def test_codebook_loss_and_commitment_of_a_learnable_codebook():
     for distance in ("euclidean", "cosine"):
-        vq, z = layer(learnable=True, commitment=0.25, distance=distance).double(), torch.randn(50, 8, dtype=torch.float64, requires_grad=True)
+        vq, z = (
+            layer(learnable=True, commitment=0.25, distance=distance).double(),
+            torch.randn(50, 8, dtype=torch.float64, requires_grad=True),
+        )
         out, leaf = vq(z), z.detach().clone().requires_grad_()
-        unit = (lambda v: v) if distance == "euclidean" else lambda v: v / v.norm(dim=1, keepdim=True)
+        unit = (
+            (lambda v: v) if distance == "euclidean" else lambda v: v / v.norm(dim=1, keepdim=True)
+        )
         codebook = vq.codebook.detach().clone().requires_grad_()
         zn, q = unit(leaf), unit(codebook)[out.indices]
         loss = (zn.detach() - q).square().mean() + 0.25 * (zn - q.detach()).square().mean()
         assert_close(out.loss, loss)
-        assert_close(torch.autograd.grad(out.loss + 0 * out.q.sum(), (z, vq.codebook)), torch.autograd.grad(loss, (leaf, codebook)))
-        assert torch.autograd.grad(vq(z).q.sum(), vq.codebook, allow_unused=True)[0] is None   # the decoder does not train it
+        assert_close(
+            torch.autograd.grad(out.loss + 0 * out.q.sum(), (z, vq.codebook)),
+            torch.autograd.grad(loss, (leaf, codebook)),
+        )
+        assert (
+            torch.autograd.grad(vq(z).q.sum(), vq.codebook, allow_unused=True)[0] is None
+        )  # the decoder does not train it
 
 
 def test_a_learnable_codebook_trains():
@@ -313,7 +409,8 @@ def test_frozen_and_eval_change_nothing(options):
     vq.train().frozen = True
     out = vq(z)
     assert same(state_of(vq), before)
-    if vq.learnable: assert torch.autograd.grad(out.loss, vq.codebook, allow_unused=True)[0] is None
+    if vq.learnable:
+        assert torch.autograd.grad(out.loss, vq.codebook, allow_unused=True)[0] is None
     vq.frozen = False
     vq(z)
     assert not same(state_of(vq), before)
@@ -328,21 +425,26 @@ def test_unused_codes_are_revived_and_used_ones_left_alone():
     for step in range(2):
         vq(z)
         assert vq.waited[2:].eq(step + 1).all() and (z[:, None] != vq.codebook[2:]).any(-1).all()
-    vq(z)                                                                  # placed on its vectors, when it is learned from
+    vq(z)  # placed on its vectors, when it is learned from
     used, before = vq.codebook[:2].clone(), vq.usage(within=100)
     assert vq.waited.eq(0).all() and vq.counts[2:].eq(1).all()
     out = vq(z)
     fresh = out.q.unique(dim=0)
     assert before == 0.25 and vq.usage() == 1 and vq.waited.eq(0).all()
     on_a_vector = (fresh[:, None] == z).all(-1).any(1)
-    assert on_a_vector.sum() == 6 and (fresh[~on_a_vector].sort(0).values == used.sort(0).values).all()   # the others were left alone
+    assert (
+        on_a_vector.sum() == 6 and (fresh[~on_a_vector].sort(0).values == used.sort(0).values).all()
+    )  # the others were left alone
 
 
 def test_revival_of_a_learnable_cosine_codebook_trains_when_compiled():
     torch._dynamo.reset()
     torch.manual_seed(0)
     vq = VectorQuantizer(8, 64, learnable=True, distance="cosine", revive_after=2)
-    step, opt = torch.compile(vq, fullgraph=True, backend="aot_eager"), torch.optim.AdamW(vq.parameters(), 1e-2)
+    step, opt = (
+        torch.compile(vq, fullgraph=True, backend="aot_eager"),
+        torch.optim.AdamW(vq.parameters(), 1e-2),
+    )
     learn_after(vq, opt)
     for _ in range(6):
         loss = step(torch.randn(30, 8)).loss
@@ -365,15 +467,16 @@ def test_kmeans_start_happens_once_and_survives_saving():
     vq, z = layer(init="kmeans"), torch.randn(300, 8)
     uniform = vq.codebook.clone()
     vq.eval()(z)
-    assert torch.equal(vq.codebook, uniform) and not vq.ready              # eval: the uniform codes serve
+    assert torch.equal(vq.codebook, uniform) and not vq.ready  # eval: the uniform codes serve
     vq.train()(z)
     assert vq.ready and vq.usage() > 0.9
     other = VectorQuantizer(8, 32, init="kmeans", decay=0.999)
     other.load_state_dict(vq.state_dict())
-    other(torch.rand(100, 8) / 100)                                        # no second start
+    other(torch.rand(100, 8) / 100)  # no second start
     assert (other.codebook - vq.codebook).abs().max() < 0.1 < vq.codebook.abs().max()
     few = VectorQuantizer(8, 32, init="kmeans")
-    with pytest.warns(UserWarning): few(z[:5])
+    with pytest.warns(UserWarning):
+        few(z[:5])
     assert few.codebook.isfinite().all() and len(few.encode(z[:5]).unique()) == 5
 
 
@@ -383,7 +486,11 @@ def test_kmeans_init_takes_several_batches_and_masks():
     seed = lambda: torch.Generator().manual_seed(0)
     a.kmeans_init(z, generator=seed())
     b.kmeans_init([z[:10], z[10:]], generator=seed())
-    c.kmeans_init(torch.cat([z, torch.full((5, 8), torch.nan)])[None], torch.arange(65)[None] < 60, generator=seed())
+    c.kmeans_init(
+        torch.cat([z, torch.full((5, 8), torch.nan)])[None],
+        torch.arange(65)[None] < 60,
+        generator=seed(),
+    )
     assert torch.equal(a.codebook, b.codebook) and torch.equal(a.codebook, c.codebook)
 
 
@@ -398,14 +505,18 @@ def test_a_layer_in_another_dtype(options, dtype):
         out = vq(z)
         (out.q.float().sum() + out.loss).backward()
     assert out.q.dtype == dtype and out.q.isfinite().all() and z.grad.isfinite().all()
-    assert vq.codebook.dtype == dtype and vq.counts.dtype == torch.promote_types(dtype, torch.float32)
-    if options == "plain": assert torch.equal(vq.eval()(z).q, vq.codebook[vq.encode(z)])
+    assert vq.codebook.dtype == dtype and vq.counts.dtype == torch.promote_types(
+        dtype, torch.float32
+    )
+    if options == "plain":
+        assert torch.equal(vq.eval()(z).q, vq.codebook[vq.encode(z)])
 
 
 def test_a_kmeans_start_that_half_precision_cannot_hold_changes_nothing():
     vq = VectorQuantizer(4, 8).half()
     before = {name: state.clone() for name, state in vq.state_dict().items()}
-    with pytest.raises(ValueError, match="float16 of the codebook"): vq.kmeans_init(1e6 * torch.randn(100, 4))
+    with pytest.raises(ValueError, match="float16 of the codebook"):
+        vq.kmeans_init(1e6 * torch.randn(100, 4))
     assert all(torch.equal(state, before[name]) for name, state in vq.state_dict().items())
 
 
@@ -413,7 +524,8 @@ def test_running_sums_of_a_half_precision_layer_neither_stall_nor_overflow():
     for dtype in (torch.float16, torch.bfloat16):
         vq, full = layer(decay=0.99).to(dtype), layer(decay=0.99)
         z = torch.randn(100_000, 8, generator=torch.Generator().manual_seed(0)) / 10
-        for _ in range(50): vq(z.to(dtype)), full(z.to(dtype).float())
+        for _ in range(50):
+            vq(z.to(dtype)), full(z.to(dtype).float())
         assert vq.codebook.isfinite().all()
         assert_close(vq.counts, full.counts, rtol=0.05, atol=300)
 
@@ -422,10 +534,10 @@ def test_gradients_by_torch_func_and_in_batches():
     vq, z = layer().eval(), torch.randn(20, 8)
     loss = lambda z: vq(z).q.square().sum() + vq(z).loss
     leaf = z.clone().requires_grad_()
-    expected, = torch.autograd.grad(loss(leaf), leaf)
+    (expected,) = torch.autograd.grad(loss(leaf), leaf)
     assert_close(torch.func.grad(loss)(z), expected)
     out = vq(leaf).loss
-    batched, = torch.autograd.grad(out, leaf, torch.tensor([1.0, 2.0]), is_grads_batched=True)
+    (batched,) = torch.autograd.grad(out, leaf, torch.tensor([1.0, 2.0]), is_grads_batched=True)
     assert_close(batched[1], 2 * batched[0])
     double = layer().eval().double()
     torch.autograd.gradgradcheck(lambda z: double(z).loss, z[:3].double().requires_grad_())
@@ -437,14 +549,17 @@ def test_warns_once_and_only_where_lambda_matters():
         vq.codebook.data.mul_(scale)
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
-            for _ in range(25): vq(torch.randn(64, 8))
-        assert all(w.filename == __file__ for w in seen)                    # it points to the caller
+            for _ in range(25):
+                vq(torch.randn(64, 8))
+        assert all(w.filename == __file__ for w in seen)  # it points to the caller
         return [str(w.message) for w in seen]
+
     for name in ("rotation", "reflection"):
-        small, = warned(1e-3, estimator=name)
-        large, = warned(1e3, estimator=name)
+        (small,) = warned(1e-3, estimator=name)
+        (large,) = warned(1e3, estimator=name)
         assert "kmeans" in small and "e-0" in small and "e+0" in large
-    for options in (dict(estimator="ste"), dict(distance="cosine"), dict(estimator=lambda z, q: q)): assert not warned(1e-3, **options)
+    for options in (dict(estimator="ste"), dict(distance="cosine"), dict(estimator=lambda z, q: q)):
+        assert not warned(1e-3, **options)
     assert not warned(1)
 
 
@@ -478,8 +593,27 @@ def test_usage_and_perplexity_of_the_layer():
 
 def test_repr_says_what_differs_from_the_defaults():
     assert repr(VectorQuantizer(4, 8)) == "VectorQuantizer(4, 8, estimator=rotation)"
-    text = repr(VectorQuantizer(4, 8, estimator="ste", distance="cosine", learnable=True, revive_after=9, channel_first=True))
-    assert all(word in text for word in ("estimator=ste", "distance=cosine", "learnable=True", "revive_after=9", "channel_first=True"))
+    text = repr(
+        VectorQuantizer(
+            4,
+            8,
+            estimator="ste",
+            distance="cosine",
+            learnable=True,
+            revive_after=9,
+            channel_first=True,
+        )
+    )
+    assert all(
+        word in text
+        for word in (
+            "estimator=ste",
+            "distance=cosine",
+            "learnable=True",
+            "revive_after=9",
+            "channel_first=True",
+        )
+    )
 
 
 # Against vector_quantize_pytorch
@@ -488,11 +622,19 @@ def test_repr_says_what_differs_from_the_defaults():
 @pytest.mark.parametrize("kind", ["euclidean", "cosine", "learnable"])
 def test_converted_state_gives_equal_indices_and_values(kind):
     from vector_quantize_pytorch import VectorQuantize
+
     torch.manual_seed(0)
-    more = {"euclidean": {}, "cosine": {"use_cosine_sim": True}, "learnable": {"learnable_codebook": True, "ema_update": False}}[kind]
+    more = {
+        "euclidean": {},
+        "cosine": {"use_cosine_sim": True},
+        "learnable": {"learnable_codebook": True, "ema_update": False},
+    }[kind]
     theirs = VectorQuantize(8, 32, **more)
-    for _ in range(5): theirs(torch.randn(4, 100, 8))
-    ours = VectorQuantizer(8, 32, learnable=kind == "learnable", distance="cosine" if kind == "cosine" else "euclidean")
+    for _ in range(5):
+        theirs(torch.randn(4, 100, 8))
+    ours = VectorQuantizer(
+        8, 32, learnable=kind == "learnable", distance="cosine" if kind == "cosine" else "euclidean"
+    )
     ours.load_state_dict(convert_state_dict(theirs.state_dict(), learnable=kind == "learnable"))
     z = torch.randn(4, 100, 8, requires_grad=True)
     for mode in ("eval", "train"):
@@ -500,33 +642,50 @@ def test_converted_state_gives_equal_indices_and_values(kind):
         (q, indices, loss), (q_, indices_, loss_) = ours(z), theirs(z)
         assert torch.equal(indices, indices_)
         assert_close(q, q_, rtol=1e-3, atol=1e-4)
-    if kind == "learnable": assert_close(loss, 2 * loss_.squeeze())      # theirs: one term, whose gradient goes both ways
-    else: assert_close(loss, loss_.squeeze())
-    if kind != "learnable": assert_close(ours.codebook, theirs.codebook, rtol=1e-4, atol=1e-5)
+    if kind == "learnable":
+        assert_close(loss, 2 * loss_.squeeze())  # theirs: one term, whose gradient goes both ways
+    else:
+        assert_close(loss, loss_.squeeze())
+    if kind != "learnable":
+        assert_close(ours.codebook, theirs.codebook, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("distance", ["euclidean", "cosine"])
 def test_masked_step_equals_theirs(distance):
     from vector_quantize_pytorch import VectorQuantize
+
     torch.manual_seed(0)
-    ours, theirs = layer(distance=distance), VectorQuantize(8, 32, use_cosine_sim=distance == "cosine", rotation_trick=False)
+    ours, theirs = (
+        layer(distance=distance),
+        VectorQuantize(8, 32, use_cosine_sim=distance == "cosine", rotation_trick=False),
+    )
     theirs._codebook.embed.copy_(ours.codebook), theirs._codebook.embed_avg.copy_(ours.codebook)
     for _ in range(10):
         z, mask = torch.randn(4, 40, 8), torch.rand(4, 40) < 0.7
         a, b = ours(z, mask), theirs(z, mask=mask)
         assert torch.equal(a.indices, b[1])
         assert_close(a.q, b[0], rtol=1e-4, atol=1e-5)
-        assert_close(a.loss, (a.q - (z if distance == "euclidean" else torch.nn.functional.normalize(z, dim=-1)))[mask].square().mean())
-        if distance == "euclidean": assert_close(a.loss, b[2].squeeze())     # theirs forgets to normalize z under a mask
+        assert_close(
+            a.loss,
+            (a.q - (z if distance == "euclidean" else torch.nn.functional.normalize(z, dim=-1)))[
+                mask
+            ]
+            .square()
+            .mean(),
+        )
+        if distance == "euclidean":
+            assert_close(a.loss, b[2].squeeze())  # theirs forgets to normalize z under a mask
         assert_close(ours.codebook, theirs.codebook, rtol=1e-4, atol=1e-5)
 
 
 def test_layers_of_a_stack_draw_different_rows():
-    "Else a level of a residual stack would revive its codes where the one before has left nothing over."
+    """Else a level of a residual stack would revive its codes where the one before has left nothing
+    over."""
     torch.manual_seed(0)
     levels = [VectorQuantizer(4, 32, revive_after=1) for _ in range(3)]
     z = torch.randn(500, 4)
-    for level in levels: level.waited.fill_(5), level(z)
+    for level in levels:
+        level.waited.fill_(5), level(z)
     placed = [level.codebook for level in levels]
     assert len({level.salt.item() for level in levels}) == 3
     assert not torch.equal(placed[0], placed[1]) and not torch.equal(placed[1], placed[2])
@@ -534,8 +693,20 @@ def test_layers_of_a_stack_draw_different_rows():
 
 def test_the_rows_drawn_are_balanced_for_small_codebooks():
     for n, count in ((16, 2), (16, 4), (16, 8), (16, 16)):
-        drawn = torch.stack([sample_rows(torch.arange(float(n))[:, None], torch.ones(n, dtype=torch.bool), count, torch.tensor(seed))[0][:, 0] for seed in range(1000)], 1)
-        for often in drawn.long(): assert (often.bincount(minlength=n) / 1000 - 1 / n).abs().max() < 0.035
+        drawn = torch.stack(
+            [
+                sample_rows(
+                    torch.arange(float(n))[:, None],
+                    torch.ones(n, dtype=torch.bool),
+                    count,
+                    torch.tensor(seed),
+                )[0][:, 0]
+                for seed in range(1000)
+            ],
+            1,
+        )
+        for often in drawn.long():
+            assert (often.bincount(minlength=n) / 1000 - 1 / n).abs().max() < 0.035
 
 
 @pytest.mark.parametrize("options", OPTIONS)

@@ -1,4 +1,5 @@
-"""What can go wrong around a run: clocks, streams, curves, other people's files, pictures that move or break, settings that are none."""
+"""What can go wrong around a run: clocks, streams, curves, other people's files, pictures that move
+or break, settings that are none."""
 
 import io
 import json
@@ -12,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CPU, TINY, lines, noise, picture_folder, same_weights
 
 import rotvq.cli as cli
 import rotvq.data as data
 import rotvq.runs as runs
 import rotvq.training as training
+from helpers import CPU, TINY, lines, noise, picture_folder, same_weights
 from rotvq.cli import main
 from rotvq.data import SAMPLE, DataError
 from rotvq.training import PRESETS, Config, Learner, check_config, find_preset, train
@@ -262,7 +263,10 @@ def test_the_record_keeps_no_absolute_path(tmp_path, monkeypatch):
     assert main([*RUN, "--batch", "4", "--data", str(pictures), "--out", str(out)]) == 0
     assert main(["report", str(out)]) == 0
     for file in ("run.json", "config.json", "metrics.jsonl", "report.html"):
-        assert str(tmp_path) not in (out / file).read_text() and "/home/me" not in (out / file).read_text()
+        assert (
+            str(tmp_path) not in (out / file).read_text()
+            and "/home/me" not in (out / file).read_text()
+        )
 
 
 # Pictures
@@ -287,13 +291,25 @@ def test_pictures_may_move(tmp_path, how):
 
 
 @pytest.mark.parametrize("remedy", ["removed", "replaced", "another one removed too"])
-def test_a_picture_that_breaks_while_streaming_costs_itself_only(tmp_path, monkeypatch, capsys, remedy):
+def test_a_picture_that_breaks_while_streaming_costs_itself_only(
+    tmp_path, monkeypatch, capsys, remedy
+):
     pictures = picture_folder(tmp_path / "pictures", train=24)
     victim = pictures / "train" / "a" / "005.png"
     whole = victim.read_bytes()
     monkeypatch.setattr(data, "LARGE", 0)
     step_that(monkeypatch, 2, lambda: victim.write_bytes(whole[:100] + bytes(len(whole) - 100)))
-    words = ["train", "--preset", "smoke", "--batch", "8", "--estimators", "ste", "--save-minutes", "0"]
+    words = [
+        "train",
+        "--preset",
+        "smoke",
+        "--batch",
+        "8",
+        "--estimators",
+        "ste",
+        "--save-minutes",
+        "0",
+    ]
     words += ["--data", pictures, "--out", tmp_path / "run"]
     said = error_of(words, capsys)
     assert str(victim) in said and "Then go on with --resume" in said
@@ -359,7 +375,9 @@ def test_values_that_are_none_are_refused_from_wherever_they_come(tmp_path, caps
     assert "mine.json" in said and name in said and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("options", [{"keep": 0}, {"save_minutes": -1}, {"save_minutes": float("nan")}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"keep": 0}, {"save_minutes": -1}, {"save_minutes": float("nan")}], ids=str
+)
 def test_options_that_make_no_run_are_refused(tmp_path, options):
     (name,) = options
     with pytest.raises(ValueError, match=name):
@@ -406,7 +424,17 @@ def test_a_report_names_what_is_damaged(copy, capsys, name, text):
     assert str(copy / name) in error_of(["report", copy], capsys)
 
 
-@pytest.mark.parametrize("run", ["null", "[]", '{"preset": 3}', '{"preset": {"size": 33}}', '{"preset": {"size": "big"}}', '{"preset": {"size": -4}}'])
+@pytest.mark.parametrize(
+    "run",
+    [
+        "null",
+        "[]",
+        '{"preset": 3}',
+        '{"preset": {"size": 33}}',
+        '{"preset": {"size": "big"}}',
+        '{"preset": {"size": -4}}',
+    ],
+)
 @pytest.mark.parametrize("verb", ["eval", "reconstruct"])
 def test_settings_of_a_model_that_are_damaged_are_named(copy, tmp_path, capsys, run, verb):
     (copy / "ste" / "run.json").write_text(f'{{"run": {run}}}')

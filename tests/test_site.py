@@ -1,4 +1,6 @@
-"""The rendered site, where quarto is on PATH: links, hosts, alternative text, contrast, width, and what moves, in Chromium."""
+"""The rendered site, where quarto is on PATH: links, hosts, alternative text, contrast, width, and
+what moves, in Chromium."""
+
 import re
 import shutil
 from html.parser import HTMLParser
@@ -6,12 +8,13 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 import pytest
+
 from browser import chromium, served
 from test_explorables import BROWSER
 from test_project import NOTEBOOKS, ROOT, cells, copy, nbdev, works  # noqa: F401
 
 pytestmark = pytest.mark.skipif(shutil.which("quarto") is None, reason="quarto is not on PATH")
-PREFIX = "/rotvq/"                                                        # of the published site
+PREFIX = "/rotvq/"  # of the published site
 WIDTHS = 360, 768, 1280, 1920
 RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]
 
@@ -36,11 +39,18 @@ class Elements(HTMLParser):
     def handle_starttag(self, tag, attributes):
         held = dict(attributes)
         self.ids |= {held[key] for key in ("id", "name") if held.get(key)}
-        self.targets += [held[key] for key in ("href", "src") if held.get(key) and not (tag == "link" and held.get("rel") in ("canonical", "next", "prev"))]
-        if tag == "img": self.pictures.append(held)
+        self.targets += [
+            held[key]
+            for key in ("href", "src")
+            if held.get(key)
+            and not (tag == "link" and held.get("rel") in ("canonical", "next", "prev"))
+        ]
+        if tag == "img":
+            self.pictures.append(held)
 
 
-def pages(site: Path) -> list[Path]: return sorted(p for p in site.rglob("*.html") if "site_libs" not in p.parts)
+def pages(site: Path) -> list[Path]:
+    return sorted(p for p in site.rglob("*.html") if "site_libs" not in p.parts)
 
 
 def test_every_notebook_has_its_page_and_lies_beside_it(site):
@@ -48,7 +58,9 @@ def test_every_notebook_has_its_page_and_lies_beside_it(site):
         page = site / (re.sub(r"^\d+_", "", notebook.stem) + ".html")
         text = page.read_text(encoding="utf-8")
         assert (site / notebook.name).read_bytes() == notebook.read_bytes()
-        assert f'href="{notebook.name}" download' in text and f"blob/main/nbs/{notebook.name}" in text
+        assert (
+            f'href="{notebook.name}" download' in text and f"blob/main/nbs/{notebook.name}" in text
+        )
         assert 'name="description"' in text or notebook.stem == "index"
 
 
@@ -57,13 +69,25 @@ def test_links_and_anchors_lead_somewhere(site):
     for page, elements in held.items():
         for target in elements.targets:
             parts = urlparse(target)
-            if parts.scheme or parts.netloc or target.startswith("data:"): continue
+            if parts.scheme or parts.netloc or target.startswith("data:"):
+                continue
             path = unquote(parts.path)
-            assert not path.startswith("/") or path.startswith(PREFIX), f"{page.name}: {target} leaves the site"
-            file = page if not path else site / path.removeprefix(PREFIX) if path.startswith("/") else (page.parent / path)
+            assert not path.startswith("/") or path.startswith(PREFIX), (
+                f"{page.name}: {target} leaves the site"
+            )
+            file = (
+                page
+                if not path
+                else (
+                    site / path.removeprefix(PREFIX)
+                    if path.startswith("/")
+                    else (page.parent / path)
+                )
+            )
             file = (file / "index.html" if file.is_dir() else file).resolve()
             assert file.exists(), f"{page.name}: {target}"
-            if parts.fragment and file.suffix == ".html": assert unquote(parts.fragment) in held[file].ids, f"{page.name}: {target}"
+            if parts.fragment and file.suffix == ".html":
+                assert unquote(parts.fragment) in held[file].ids, f"{page.name}: {target}"
             count += 1
     assert count > 3000
 
@@ -71,42 +95,82 @@ def test_links_and_anchors_lead_somewhere(site):
 def test_no_page_asks_another_host(site):
     for page in pages(site):
         text = page.read_text(encoding="utf-8")
-        assert not re.findall(r'<(?:script|img|iframe|source)[^>]+src="(?:https?:)?//|<link(?![^>]+rel="canonical")[^>]+href="https?://', text), page.name
-    for sheet in site.rglob("*.css"): assert not re.findall(r"""(?:@import|url\()\s*(?:url\()?["']?(?:https?:)?//""", sheet.read_text(encoding="utf-8")), sheet
+        assert not re.findall(
+            r'<(?:script|img|iframe|source)[^>]+src="(?:https?:)?//|<link(?![^>]+rel="canonical")[^>]+href="https?://',
+            text,
+        ), page.name
+    for sheet in site.rglob("*.css"):
+        assert not re.findall(
+            r"""(?:@import|url\()\s*(?:url\()?["']?(?:https?:)?//""",
+            sheet.read_text(encoding="utf-8"),
+        ), sheet
 
 
 def test_pictures_say_what_they_show(site):
     for page in pages(site):
-        for picture in Elements(page).pictures: assert picture.get("alt"), f"{page.name}: {str(picture)[:200]}"
+        for picture in Elements(page).pictures:
+            assert picture.get("alt"), f"{page.name}: {str(picture)[:200]}"
 
 
 def test_works_are_cited(site):
-    "Links of a notebook to works of the list are citations, with their entries at the end of the page."
+    """Links of a notebook to works of the list are citations, with their entries at the end of the
+    page."""
     known, count = works(), 0
     for notebook in NOTEBOOKS:
-        text = "\n".join("".join(c["source"]) for c in cells(notebook) if c["cell_type"] == "markdown")
+        text = "\n".join(
+            "".join(c["source"]) for c in cells(notebook) if c["cell_type"] == "markdown"
+        )
         expected = {key for key, address in known.items() if f"]({address})" in text}
         page = (site / (re.sub(r"^\d+_", "", notebook.stem) + ".html")).read_text(encoding="utf-8")
-        assert set(re.findall(r'data-cites="(\w+)"', page)) == set(re.findall(r'id="ref-(\w+)"', page)) == expected, notebook.name
+        assert (
+            set(re.findall(r'data-cites="(\w+)"', page))
+            == set(re.findall(r'id="ref-(\w+)"', page))
+            == expected
+        ), notebook.name
         count += len(expected)
     assert count > 15
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_pages_are_accessible_and_quiet(site, scheme):
-    "No violation of WCAG AA, nothing in the console, no request to another host; the reader's preference is followed."
+    """No violation of WCAG AA, nothing in the console, no request to another host; the reader's
+    preference is followed."""
     from axe_playwright_python.sync_playwright import Axe
+
     axe, found = Axe(), []
-    with served(site, PREFIX) as address, chromium(viewport={"width": 1280, "height": 900}, color_scheme=scheme, reduced_motion="reduce") as page:
+    with (
+        served(site, PREFIX) as address,
+        chromium(
+            viewport={"width": 1280, "height": 900}, color_scheme=scheme, reduced_motion="reduce"
+        ) as page,
+    ):
         page.on("pageerror", lambda error: found.append(f"{page.url}: {error}"))
-        page.on("console", lambda message: message.type == "error" and found.append(f"{page.url}: {message.text}"))
-        page.on("request", lambda request: request.url.startswith((address, "data:", "blob:")) or found.append(f"{page.url} asks {request.url}"))
+        page.on(
+            "console",
+            lambda message: message.type == "error" and found.append(f"{page.url}: {message.text}"),
+        )
+        page.on(
+            "request",
+            lambda request: (
+                request.url.startswith((address, "data:", "blob:"))
+                or found.append(f"{page.url} asks {request.url}")
+            ),
+        )
         for file in pages(site):
             page.goto(address + file.relative_to(site).as_posix(), wait_until="networkidle")
-            light = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).every((x) => x > 200)")
-            if light != (scheme == "light"): found.append(f"{file.name} is not {scheme}")
-            answer = axe.run(page, options={"runOnly": RULES, "resultTypes": ["violations"]}).response
-            found += [f"{file.name}: {v['id']}: {v['nodes'][0]['html'][:200]}" for v in answer["violations"]]
+            light = page.evaluate(
+                "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0,"
+                " 3).every((x) => x > 200)"
+            )
+            if light != (scheme == "light"):
+                found.append(f"{file.name} is not {scheme}")
+            answer = axe.run(
+                page, options={"runOnly": RULES, "resultTypes": ["violations"]}
+            ).response
+            found += [
+                f"{file.name}: {v['id']}: {v['nodes'][0]['html'][:200]}"
+                for v in answer["violations"]
+            ]
     assert not found, "\n".join(found)
 
 
@@ -118,9 +182,16 @@ def test_nothing_is_wider_than_its_page(site):
             for file in pages(site):
                 page.goto(address + file.relative_to(site).as_posix())
                 wide = page.evaluate("document.documentElement.scrollWidth - innerWidth")
-                broken = page.evaluate("[...document.querySelectorAll('main table a')].filter((a) => getComputedStyle(a).wordBreak !== 'normal').length")
-                if broken: found.append(f"{file.name} at {width}: words of {broken} links in tables may break")
-                if wide > 0: found.append(f"{file.name} at {width}: {wide} px")
+                broken = page.evaluate(
+                    "[...document.querySelectorAll('main table a')].filter((a) =>"
+                    " getComputedStyle(a).wordBreak !== 'normal').length"
+                )
+                if broken:
+                    found.append(
+                        f"{file.name} at {width}: words of {broken} links in tables may break"
+                    )
+                if wide > 0:
+                    found.append(f"{file.name} at {width}: {wide} px")
     assert not found, "\n".join(found)
 
 
@@ -131,13 +202,22 @@ def test_the_entry_shows_over_its_citation(site):
         page.locator(".tippy-box", has_text="Restructuring Vector Quantization").wait_for()
 
 
-@pytest.mark.parametrize("name", ["index", "vqvae", "ste", "householder", "rotation", "reflection", "scaling", "playground"])
+@pytest.mark.parametrize(
+    "name",
+    ["index", "vqvae", "ste", "householder", "rotation", "reflection", "scaling", "playground"],
+)
 def test_figures_move_by_mouse_touch_and_keyboard(site, name):
     state = "JSON.stringify(document.querySelector('.rotvq-explorable').rotvq.state)"
-    with served(site, PREFIX) as address, chromium(has_touch=True, viewport={"width": 800, "height": 900}) as page:
+    with (
+        served(site, PREFIX) as address,
+        chromium(has_touch=True, viewport={"width": 800, "height": 900}) as page,
+    ):
         page.goto(address + name + ".html", wait_until="networkidle")
         devices = page.context.new_cdp_session(page)
-        finger = lambda kind, *at: devices.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [{"x": x, "y": y} for x, y in at]})
+        finger = lambda kind, *at: devices.send(
+            "Input.dispatchTouchEvent",
+            {"type": kind, "touchPoints": [{"x": x, "y": y} for x, y in at]},
+        )
         figure = page.locator(".rotvq-explorable").first
         handle = figure.locator(".rotvq-handle").first
         figure.evaluate("(x) => x.scrollIntoView({block: 'center', behavior: 'instant'})")
@@ -152,7 +232,8 @@ def test_figures_move_by_mouse_touch_and_keyboard(site, name):
                 page.mouse.up()
             elif way == "touch":
                 finger("touchStart", (x, y))
-                for k in range(1, 5): finger("touchMove", (x + 8 * k, y - 5 * k))
+                for k in range(1, 5):
+                    finger("touchMove", (x + 8 * k, y - 5 * k))
                 finger("touchEnd")
             else:
                 handle.focus()
@@ -166,7 +247,9 @@ def test_figures_move_by_mouse_touch_and_keyboard(site, name):
 
 
 def test_the_playground_trains_by_mouse_touch_and_keyboard(site):
-    steps = "document.querySelector('.playground-training').playground.toys().map((toy) => toy.steps)"
+    steps = (
+        "document.querySelector('.playground-training').playground.toys().map((toy) => toy.steps)"
+    )
     with served(site, PREFIX) as address, chromium(has_touch=True) as page:
         page.goto(address + "playground.html", wait_until="networkidle")
         play = page.locator(".playground-training .playground-play")
@@ -174,7 +257,7 @@ def test_the_playground_trains_by_mouse_touch_and_keyboard(site):
             before = page.evaluate(steps)
             press()
             page.wait_for_timeout(700)
-            press()                                                         # pause
+            press()  # pause
             after = page.evaluate(steps)
             page.wait_for_timeout(200)
             assert after[0] == after[1] > before[0] and page.evaluate(steps) == after

@@ -1,4 +1,6 @@
-"""Training with two processes over gloo: what one process with the joint batch would have, and an elastic restart."""
+"""Training with two processes over gloo: what one process with the joint batch would have, and an
+elastic restart."""
+
 import contextlib
 import dataclasses
 import json
@@ -19,8 +21,14 @@ from rotvq.distributed import from_first, rank_of, world_size
 from rotvq.training import PRESETS, train
 
 TINY = dataclasses.replace(PRESETS["smoke"], name="tiny", limit=64, epochs=2)
-WAYS = {"plain": {}, "micro-batches": {"micro_batch": 2}, "k-means": {"init": "kmeans"}, "averaged": {"ema": 0.9, "schedule": "cosine", "warmup": 1.0},
-        "compiled": {"compile": True, "epochs": 1}, "bfloat16": {"precision": "bfloat16"}}
+WAYS = {
+    "plain": {},
+    "micro-batches": {"micro_batch": 2},
+    "k-means": {"init": "kmeans"},
+    "averaged": {"ema": 0.9, "schedule": "cosine", "warmup": 1.0},
+    "compiled": {"compile": True, "epochs": 1},
+    "bfloat16": {"precision": "bfloat16"},
+}
 
 
 def process(rank, folder):
@@ -28,7 +36,14 @@ def process(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     for name, changes in WAYS.items():
-        run = train(dataclasses.replace(TINY, **changes), "rotation", SAMPLE, f"{folder}/{name}", quiet=True, device="cpu")
+        run = train(
+            dataclasses.replace(TINY, **changes),
+            "rotation",
+            SAMPLE,
+            f"{folder}/{name}",
+            quiet=True,
+            device="cpu",
+        )
         torch.save(run.rows, f"{folder}/{name}-{rank}.pt")
     dist.destroy_process_group()
 
@@ -42,15 +57,27 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("name", list(WAYS))
 def test_two_processes_end_where_one_would(folder, tmp_path, name):
-    alone = train(dataclasses.replace(TINY, **WAYS[name]), "rotation", SAMPLE, tmp_path / "alone", quiet=True, device="cpu")
+    alone = train(
+        dataclasses.replace(TINY, **WAYS[name]),
+        "rotation",
+        SAMPLE,
+        tmp_path / "alone",
+        quiet=True,
+        device="cpu",
+    )
     loose = name == "bfloat16"
     for rank in (0, 1):
         rows = torch.load(folder / f"{name}-{rank}.pt", weights_only=True)
         for row, expected in zip(rows, alone.rows, strict=True):
-            for key in ("mse", "train_mse", "usage", "perplexity", "batch_perplexity"): assert row[key] == pytest.approx(expected[key], rel=0.1 if loose else 1e-3), key
-    a, b = VQVAE.from_pretrained(folder / name).state_dict(), VQVAE.from_pretrained(tmp_path / "alone").state_dict()
+            for key in ("mse", "train_mse", "usage", "perplexity", "batch_perplexity"):
+                assert row[key] == pytest.approx(expected[key], rel=0.1 if loose else 1e-3), key
+    a, b = (
+        VQVAE.from_pretrained(folder / name).state_dict(),
+        VQVAE.from_pretrained(tmp_path / "alone").state_dict(),
+    )
     if not loose:
-        for key in a: assert_close(a[key], b[key], rtol=1e-3, atol=2e-4)
+        for key in a:
+            assert_close(a[key], b[key], rtol=1e-3, atol=2e-4)
 
 
 def test_only_the_first_process_writes_and_the_other_can_go_on_alone(folder):
@@ -60,39 +87,75 @@ def test_only_the_first_process_writes_and_the_other_can_go_on_alone(folder):
     (folder / "plain" / "states" / "00002-0000000.pt").unlink()
     before = VQVAE.from_pretrained(folder / "plain").state_dict()
     train(TINY, "rotation", SAMPLE, folder / "plain", resume=True, quiet=True, device="cpu")
-    for key, value in VQVAE.from_pretrained(folder / "plain").state_dict().items(): assert_close(value, before[key], rtol=1e-3, atol=2e-4)
+    for key, value in VQVAE.from_pretrained(folder / "plain").state_dict().items():
+        assert_close(value, before[key], rtol=1e-3, atol=2e-4)
 
 
 def test_a_batch_that_cannot_be_divided_is_refused(monkeypatch):
     monkeypatch.setattr("rotvq.training.world_size", lambda: 3)
     from rotvq.training import batches
-    with pytest.raises(ValueError, match="16 cannot be divided among 3.*batch = 15"): next(batches(torch.zeros(64, 3, 4, 4, dtype=torch.uint8), TINY, 0, 0))
+
+    with pytest.raises(ValueError, match="16 cannot be divided among 3.*batch = 15"):
+        next(batches(torch.zeros(64, 3, 4, 4, dtype=torch.uint8), TINY, 0, 0))
 
 
-@pytest.mark.skipif(not torch.__version__ >= "2.14", reason="restarted workers of an old PyTorch (2.6 was tried) sometimes hang when they leave their group")
+@pytest.mark.skipif(
+    not torch.__version__ >= "2.14",
+    reason=(
+        "restarted workers of an old PyTorch (2.6 was tried) sometimes hang when they leave their"
+        " group"
+    ),
+)
 def test_torchrun_restarts_after_a_fault_and_goes_on(tmp_path):
-    "A worker dies once in the middle of the second epoch; the restarted group ends where a run without a fault ends."
+    """A worker dies once in the middle of the second epoch; the restarted group ends where a run
+    without a fault ends."""
     script = tmp_path / "faulty.py"
     script.write_text(
-        "import os, sys; from pathlib import Path; import torch; torch.set_num_threads(1); import rotvq.training as t; from rotvq.cli import main\n"
-        "step, calls, mark = t.Learner.step, [], Path(sys.argv[1]) / 'died'\n"
-        "def once(self, x, lr=None):\n"
-        "    calls.append(1)\n"
-        "    if len(calls) == 11 and os.environ['RANK'] == '1' and not mark.exists(): mark.touch(); os._exit(3)\n"
-        "    return step(self, x, lr)\n"
-        "t.Learner.step = once\n"
-        "sys.exit(main(['train', '--preset', 'smoke', '--estimators', 'ste', '--data', 'sample', '--out', sys.argv[1] + '/run', '--resume-if-any']))\n")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "--monitor-interval", "0.2", str(script), str(tmp_path)]
+        "import os, sys; from pathlib import Path; import torch; torch.set_num_threads(1); import"
+        " rotvq.training as t; from rotvq.cli import main\nstep, calls, mark = t.Learner.step, [],"
+        " Path(sys.argv[1]) / 'died'\ndef once(self, x, lr=None):\n    calls.append(1)\n    if"
+        " len(calls) == 11 and os.environ['RANK'] == '1' and not mark.exists(): mark.touch();"
+        " os._exit(3)\n    return step(self, x, lr)\nt.Learner.step = once\nsys.exit(main(['train',"
+        " '--preset', 'smoke', '--estimators', 'ste', '--data', 'sample', '--out', sys.argv[1] +"
+        " '/run', '--resume-if-any']))\n"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--max-restarts",
+        "1",
+        "--monitor-interval",
+        "0.2",
+        str(script),
+        str(tmp_path),
+    ]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    child = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    try: said, errors = child.communicate(timeout=150)
+    child = subprocess.Popen(
+        command,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        said, errors = child.communicate(timeout=150)
     finally:
-        with contextlib.suppress(ProcessLookupError): os.killpg(child.pid, signal.SIGKILL)   # its workers as well
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)  # its workers as well
     assert child.returncode == 0, errors[-3000:]
     assert (tmp_path / "died").exists() and said.count("run folder") == 2
     whole = train("smoke", "ste", SAMPLE, tmp_path / "whole", quiet=True, device="cpu")
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["mse"] for row in rows] == pytest.approx([row["mse"] for row in whole.rows], rel=1e-3)
+    rows = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert [row["mse"] for row in rows] == pytest.approx(
+        [row["mse"] for row in whole.rows], rel=1e-3
+    )
 
 
 def test_one_process_needs_nobody():

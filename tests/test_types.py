@@ -1,4 +1,5 @@
 """The public API under a type checker, as users of one see it, and the modules that define it."""
+
 import importlib.util
 import subprocess
 import sys
@@ -7,21 +8,52 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PUBLIC = ["codebook", "ste", "householder", "rotation", "reflection", "learning", "quantizer", "layout", "surroundings", "convert", "model", "names", "relatives", "residual"]
+PUBLIC = [
+    "codebook",
+    "ste",
+    "householder",
+    "rotation",
+    "reflection",
+    "learning",
+    "quantizer",
+    "layout",
+    "surroundings",
+    "convert",
+    "model",
+    "names",
+    "relatives",
+    "residual",
+]
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="mypy is a tool of development")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("mypy") is None, reason="mypy is a tool of development"
+)
 
 
 def mypy(*arguments, cache) -> str:
-    done = subprocess.run([sys.executable, "-m", "mypy", "--follow-imports=silent", f"--cache-dir={cache}", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "mypy",
+            "--follow-imports=silent",
+            f"--cache-dir={cache}",
+            *map(str, arguments),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     return done.stdout + done.stderr if done.returncode else ""
 
 
 def test_users_get_the_types_that_they_expect(tmp_path):
     assert not mypy("--strict", "tests/typing/usage.py", cache=tmp_path)
     wrong = tmp_path / "wrong.py"
-    wrong.write_text("import torch, rotvq\nq: int = rotvq.VectorQuantizer(2, 3)(torch.zeros(2)).q\n")
-    assert "Incompatible types" in mypy("--strict", wrong, cache=tmp_path)   # the types arrive
+    wrong.write_text(
+        "import torch, rotvq\nq: int = rotvq.VectorQuantizer(2, 3)(torch.zeros(2)).q\n"
+    )
+    assert "Incompatible types" in mypy("--strict", wrong, cache=tmp_path)  # the types arrive
 
 
 def test_the_modules_of_the_public_api_are_clean(tmp_path):

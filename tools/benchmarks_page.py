@@ -1,4 +1,6 @@
-"""nbs/benchmarks.qmd and its figures from the results of benchmarks/*.py. `--check` only compares the page."""
+"""nbs/benchmarks.qmd and its figures from the results of benchmarks/*.py. `--check` only compares
+the page."""
+
 import json
 import statistics
 import sys
@@ -74,12 +76,22 @@ over all positions for each channel, and `add_` the addition of those biases, wh
 was seen to wait for the device, after the tenth (`torch.cuda.set_sync_debug_mode("error")`).
 """
 BARE = "product and argmax"
-NAMES = ["rotvq", "rotvq, compiled", "plain STE", "plain STE, compiled", "rotate_to", "rotate_to, compiled", "batched matrices"]
+NAMES = [
+    "rotvq",
+    "rotvq, compiled",
+    "plain STE",
+    "plain STE, compiled",
+    "rotate_to",
+    "rotate_to, compiled",
+    "batched matrices",
+]
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
     line = lambda cells: "| " + " | ".join(cells) + " |"
-    return "\n".join([line(head), line(["---"] + ["---:"] * (len(head) - 1)), *map(line, rows)]) + "\n"
+    return (
+        "\n".join([line(head), line(["---"] + ["---:"] * (len(head) - 1)), *map(line, rows)]) + "\n"
+    )
 
 
 def ratios(held: dict, over: str, under: str, key: str = "median_s") -> list[float]:
@@ -90,53 +102,120 @@ def ratios(held: dict, over: str, under: str, key: str = "median_s") -> list[flo
 def about(held: dict, results: list[dict] | None = None) -> str:
     "The machine, how far quartiles lie from their median, and what else is to be known of a file."
     machine = held["machine"]
-    kind = f"{machine['name']}, {machine['device']}" if machine["device"] == "cpu" else machine["name"]
-    parts = [kind, f"{machine['threads']} threads", f"PyTorch {machine['torch']}", f"{held['rounds']} rounds"]
-    text = ", ".join([*parts, f"rotvq {held['version']} on {held['date']}"] if "version" in held else parts) + "."
+    kind = (
+        f"{machine['name']}, {machine['device']}" if machine["device"] == "cpu" else machine["name"]
+    )
+    parts = [
+        kind,
+        f"{machine['threads']} threads",
+        f"PyTorch {machine['torch']}",
+        f"{held['rounds']} rounds",
+    ]
+    text = (
+        ", ".join(
+            [*parts, f"rotvq {held['version']} on {held['date']}"] if "version" in held else parts
+        )
+        + "."
+    )
     if results:
         far = [max(abs(q / r["median_s"] - 1) for q in r["quartiles_s"]) for r in results]
         _, half, most = statistics.quantiles(far, n=4)
-        text += f" Quartiles within {half:.1%} of the median in half of the rows, within {most:.0%} in three of four."
+        text += (
+            f" Quartiles within {half:.1%} of the median in half of the rows, within {most:.0%} in"
+            " three of four."
+        )
     return text + (f" {held['note']}" if "note" in held else "")
 
 
-WIDEST = 0.5                                                             # a quartile from its median; what is above was disturbed
+WIDEST = 0.5  # a quartile from its median; what is above was disturbed
 
 
 def refuse_disturbed(file: str, held) -> None:
     "Raise where a row of results was measured while the machine did something else."
     parts = held.values() if isinstance(held, dict) else held if isinstance(held, list) else ()
-    for part in parts: refuse_disturbed(file, part)
-    if not isinstance(held, dict) or "quartiles_s" not in held: return
+    for part in parts:
+        refuse_disturbed(file, part)
+    if not isinstance(held, dict) or "quartiles_s" not in held:
+        return
     far = max(abs(q / held["median_s"] - 1) for q in held["quartiles_s"])
-    if far > WIDEST: raise SystemExit(f"{file}: a quartile lies {far:.0%} from its median of {1e3 * held['median_s']:.2f} ms. Measure it again on a machine that does nothing else.")
+    if far > WIDEST:
+        raise SystemExit(
+            f"{file}: a quartile lies {far:.0%} from its median of {1e3 * held['median_s']:.2f} ms."
+            " Measure it again on a machine that does nothing else."
+        )
 
 
 def opening(description: str, kind: str, held: dict) -> str:
     "The description where a kind is shown first, for the CPU, and a heading for each GPU."
     name = held["machine"]["name"]
-    return description.format(**held) if named(held["machine"]) == "cpu" else f"\n### The same on an {name} {{#{kind}-{named(held['machine'])}}}\n"
+    return (
+        description.format(**held)
+        if named(held["machine"]) == "cpu"
+        else f"\n### The same on an {name} {{#{kind}-{named(held['machine'])}}}\n"
+    )
 
 
 def estimators(held: dict) -> str:
     "The section of one device."
-    shapes, timed = held["shapes"], [r for shape in held["shapes"] for r in shape["results"].values()]
+    shapes, timed = (
+        held["shapes"],
+        [r for shape in held["shapes"] for r in shape["results"].values()],
+    )
     head = ["(N, d)", *(f"({n}, {d})" for n, d in (shape["shape"] for shape in shapes))]
     milli = lambda r: f"{1e3 * r['median_s']:.2f}"
     times = [[name, *(milli(shape["results"][name]) for shape in shapes)] for name in NAMES]
-    memory = [[name, *(f"{shape['results'][name]['peak_bytes'] / shape['input_bytes']:.1f}" for shape in shapes)] for name in NAMES]
-    pairs = {"rotate_to / rotvq": ("rotate_to", "rotvq"), "rotate_to / rotvq, compiled": ("rotate_to", "rotvq, compiled"),
-             "both compiled: rotate_to / rotvq": ("rotate_to, compiled", "rotvq, compiled"),
-             "batched matrices / rotvq": ("batched matrices", "rotvq"), "rotvq / plain STE": ("rotvq", "plain STE"),
-             "rotvq, compiled / plain STE": ("rotvq, compiled", "plain STE")}
-    rates = [[name, *(f"{x:.1f}" for x in values), f"{statistics.median(values):.1f}"]
-             for name, values in ((name, ratios(held, *pair)) for name, pair in pairs.items())]
-    held_most = "Most memory held at one time, in multiples of the size of `z`. The gradient is one; in `rotvq` up to 0.0.3, as measured here, the value was `q` itself (it is a copy since, one more)"
-    held_most += "; what it makes on the way belongs to one block of rows:" if named(held["machine"]) == "cpu" else ":"
-    return "\n".join([opening(ESTIMATORS, "estimators", held), table(head, times), about(held, timed), "",
-                      "How many times the first costs what the second costs:", "", table([*head, "median"], rates), held_most, "",
-                      table(head, memory), f"![Time of forward and backward, relative to plain straight-through, on a logarithmic axis; thin lines from quartile to quartile. {held['machine']['name']}.]"
-                      f"(images/estimators_{named(held['machine'])}.png)", ""])
+    memory = [
+        [
+            name,
+            *(
+                f"{shape['results'][name]['peak_bytes'] / shape['input_bytes']:.1f}"
+                for shape in shapes
+            ),
+        ]
+        for name in NAMES
+    ]
+    pairs = {
+        "rotate_to / rotvq": ("rotate_to", "rotvq"),
+        "rotate_to / rotvq, compiled": ("rotate_to", "rotvq, compiled"),
+        "both compiled: rotate_to / rotvq": ("rotate_to, compiled", "rotvq, compiled"),
+        "batched matrices / rotvq": ("batched matrices", "rotvq"),
+        "rotvq / plain STE": ("rotvq", "plain STE"),
+        "rotvq, compiled / plain STE": ("rotvq, compiled", "plain STE"),
+    }
+    rates = [
+        [name, *(f"{x:.1f}" for x in values), f"{statistics.median(values):.1f}"]
+        for name, values in ((name, ratios(held, *pair)) for name, pair in pairs.items())
+    ]
+    held_most = (
+        "Most memory held at one time, in multiples of the size of `z`. The gradient is one; in"
+        " `rotvq` up to 0.0.3, as measured here, the value was `q` itself (it is a copy since, one"
+        " more)"
+    )
+    held_most += (
+        "; what it makes on the way belongs to one block of rows:"
+        if named(held["machine"]) == "cpu"
+        else ":"
+    )
+    return "\n".join(
+        [
+            opening(ESTIMATORS, "estimators", held),
+            table(head, times),
+            about(held, timed),
+            "",
+            "How many times the first costs what the second costs:",
+            "",
+            table([*head, "median"], rates),
+            held_most,
+            "",
+            table(head, memory),
+            (
+                "![Time of forward and backward, relative to plain straight-through, on a"
+                " logarithmic axis; thin lines from quartile to quartile."
+                f" {held['machine']['name']}.](images/estimators_{named(held['machine'])}.png)"
+            ),
+            "",
+        ]
+    )
 
 
 def plain_numbers(ax) -> None:
@@ -144,7 +223,8 @@ def plain_numbers(ax) -> None:
     from matplotlib.ticker import LogLocator
 
     ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-    for set_formatter in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter): set_formatter("{x:g}")
+    for set_formatter in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
+        set_formatter("{x:g}")
 
 
 def draw(held: dict) -> None:
@@ -154,14 +234,29 @@ def draw(held: dict) -> None:
 
     plots.style()
     fig, ax = plt.subplots(figsize=(8, 3.4))
-    shown = {"plain STE": plots.COLORS["ste"], "rotvq, compiled": "#56B4E9", "rotvq": plots.COLORS["rotation"],
-             "rotate_to, compiled": "0.75", "rotate_to": "0.45", "batched matrices": "0.2"}
+    shown = {
+        "plain STE": plots.COLORS["ste"],
+        "rotvq, compiled": "#56B4E9",
+        "rotvq": plots.COLORS["rotation"],
+        "rotate_to, compiled": "0.75",
+        "rotate_to": "0.45",
+        "batched matrices": "0.2",
+    }
     for i, (name, color) in enumerate(shown.items()):
-        x = [k + (i - 2.5) * .14 for k in range(len(held["shapes"]))]
-        heights, results = ratios(held, name, "plain STE"), [shape["results"][name] for shape in held["shapes"]]
-        ends = [[abs(r["quartiles_s"][k] / r["median_s"] - 1) * h for h, r in zip(heights, results)] for k in (0, 1)]
-        ax.bar(x, heights, width=.13, color=color, label=name, yerr=ends, error_kw={"lw": .8})
-    ax.set_xticks(range(len(held["shapes"])), [f"({n}, {d})" for n, d in (shape["shape"] for shape in held["shapes"])])
+        x = [k + (i - 2.5) * 0.14 for k in range(len(held["shapes"]))]
+        heights, results = (
+            ratios(held, name, "plain STE"),
+            [shape["results"][name] for shape in held["shapes"]],
+        )
+        ends = [
+            [abs(r["quartiles_s"][k] / r["median_s"] - 1) * h for h, r in zip(heights, results)]
+            for k in (0, 1)
+        ]
+        ax.bar(x, heights, width=0.13, color=color, label=name, yerr=ends, error_kw={"lw": 0.8})
+    ax.set_xticks(
+        range(len(held["shapes"])),
+        [f"({n}, {d})" for n, d in (shape["shape"] for shape in held["shapes"])],
+    )
     ax.set(yscale="log", ylabel="time / plain STE")
     plain_numbers(ax)
     fig.legend(loc="outside upper center", ncols=6, fontsize=8)
@@ -169,17 +264,25 @@ def draw(held: dict) -> None:
     plt.close(fig)
 
 
-def milli(r: dict) -> str: return f"{1e3 * r['median_s']:.{1 if r['median_s'] > 0.01 else 2}f}"
+def milli(r: dict) -> str:
+    return f"{1e3 * r['median_s']:.{1 if r['median_s'] > 0.01 else 2}f}"
 
 
-def short(x: float) -> str: return f"{x:.3f}" if x < 0.1 else f"{x:.2f}" if x < 2 else f"{x:.1f}"
+def short(x: float) -> str:
+    return f"{x:.3f}" if x < 0.1 else f"{x:.2f}" if x < 2 else f"{x:.1f}"
 
 
 def quantizer(held: dict) -> str:
     "The section of one device."
     shapes = held["shapes"]
     head = ["(N, d, K)", *("({}, {}, {})".format(*shape["shape"]) for shape in shapes)]
-    timed = [r for shape in shapes for kind in ("training", "lookup") for r in shape[kind].values() if "quartiles_s" in r]
+    timed = [
+        r
+        for shape in shapes
+        for kind in ("training", "lookup")
+        for r in shape[kind].values()
+        if "quartiles_s" in r
+    ]
 
     def part(kind: str, names: list[str], pairs: dict) -> list[str]:
         times = [[name, *(milli(shape[kind][name]) for shape in shapes)] for name in names]
@@ -187,19 +290,62 @@ def quantizer(held: dict) -> str:
         for title, (over, under, key) in pairs.items():
             values = [shape[kind][over][key] / shape[kind][under][key] for shape in shapes]
             rates.append([title, *map(short, [*values, statistics.median(values)])])
-        return [table(head, times), "How many times the first costs what the second costs:", "", table([*head, "median"], rates)]
+        return [
+            table(head, times),
+            "How many times the first costs what the second costs:",
+            "",
+            table([*head, "median"], rates),
+        ]
 
     peer = "vector_quantize_pytorch"
-    time = {f"{peer} / rotvq": (peer, "rotvq", "median_s"), "plain / rotvq": ("plain", "rotvq", "median_s"), "rotvq / product and argmax": ("rotvq", BARE, "median_s")}
-    memory = {f"peak memory: rotvq / {peer}": ("rotvq", peer, "peak_bytes"), "peak memory: rotvq / plain": ("rotvq", "plain", "peak_bytes")}
-    mebi = [[name, *(f"{shape['training'][name]['peak_bytes'] / 2**20:.0f}" for shape in shapes)] for name in ("rotvq", peer, "plain", BARE)]
-    return "\n".join([opening(QUANTIZER, "quantizer", held), "A training step:", "", *part("training", ["rotvq", peer, "plain", BARE], time | memory),
-                      "Most memory held at one time in a training step, in MiB, the layer and its input not counted:", "", table(head, mebi),
-                      "A lookup, in eval mode; `encode` returns the indices only:", "",
-                      *part("lookup", ["rotvq", "rotvq, encode", peer, "plain", BARE], time | {"rotvq, encode / product and argmax": ("rotvq, encode", BARE, "median_s")}),
-                      about(held, timed), "",
-                      *([f"![Time and peak memory of a training step against N, K and d; the other two are at N = 8192, d = 32, K = 1024. {held['machine']['name']}.]"
-                         f"(images/quantizer_{named(held['machine'])}.png)", ""] if held["curves"] else [])])
+    time = {
+        f"{peer} / rotvq": (peer, "rotvq", "median_s"),
+        "plain / rotvq": ("plain", "rotvq", "median_s"),
+        "rotvq / product and argmax": ("rotvq", BARE, "median_s"),
+    }
+    memory = {
+        f"peak memory: rotvq / {peer}": ("rotvq", peer, "peak_bytes"),
+        "peak memory: rotvq / plain": ("rotvq", "plain", "peak_bytes"),
+    }
+    mebi = [
+        [name, *(f"{shape['training'][name]['peak_bytes'] / 2**20:.0f}" for shape in shapes)]
+        for name in ("rotvq", peer, "plain", BARE)
+    ]
+    return "\n".join(
+        [
+            opening(QUANTIZER, "quantizer", held),
+            "A training step:",
+            "",
+            *part("training", ["rotvq", peer, "plain", BARE], time | memory),
+            (
+                "Most memory held at one time in a training step, in MiB, the layer and its input"
+                " not counted:"
+            ),
+            "",
+            table(head, mebi),
+            "A lookup, in eval mode; `encode` returns the indices only:",
+            "",
+            *part(
+                "lookup",
+                ["rotvq", "rotvq, encode", peer, "plain", BARE],
+                time | {"rotvq, encode / product and argmax": ("rotvq, encode", BARE, "median_s")},
+            ),
+            about(held, timed),
+            "",
+            *(
+                [
+                    (
+                        "![Time and peak memory of a training step against N, K and d; the other"
+                        f" two are at N = 8192, d = 32, K = 1024. {held['machine']['name']}.]"
+                        f"(images/quantizer_{named(held['machine'])}.png)"
+                    ),
+                    "",
+                ]
+                if held["curves"]
+                else []
+            ),
+        ]
+    )
 
 
 def draw_quantizer(held: dict) -> None:
@@ -209,19 +355,41 @@ def draw_quantizer(held: dict) -> None:
 
     plots.style()
     fig, axes = plt.subplots(2, 3, figsize=(9, 4.6), sharex="col", sharey="row")
-    shown = {"rotvq": plots.COLORS["rotation"], "vector_quantize_pytorch": "0.45", "plain": plots.COLORS["ste"], BARE: "0.75"}
+    shown = {
+        "rotvq": plots.COLORS["rotation"],
+        "vector_quantize_pytorch": "0.45",
+        "plain": plots.COLORS["ste"],
+        BARE: "0.75",
+    }
     for column, (axis, shapes) in zip(axes.T, held["curves"].items()):
         x = [shape["shape"]["NdK".index(axis)] for shape in shapes]
         for name, color in shown.items():
-            if name not in shapes[0]["training"]: continue                # a file from before it was measured
-            column[0].loglog(x, [1e3 * shape["training"][name]["median_s"] for shape in shapes], "o-", ms=3, color=color, label=name)
-            column[1].loglog(x, [shape["training"][name]["peak_bytes"] / 2**20 for shape in shapes], "o-", ms=3, color=color)
+            if name not in shapes[0]["training"]:
+                continue  # a file from before it was measured
+            column[0].loglog(
+                x,
+                [1e3 * shape["training"][name]["median_s"] for shape in shapes],
+                "o-",
+                ms=3,
+                color=color,
+                label=name,
+            )
+            column[1].loglog(
+                x,
+                [shape["training"][name]["peak_bytes"] / 2**20 for shape in shapes],
+                "o-",
+                ms=3,
+                color=color,
+            )
         column[1].set(xlabel=axis, xscale="log")
         column[1].set_xticks(x, x, fontsize=7)
         column[1].xaxis.minorticks_off()
-        for ax in column: plain_numbers(ax)
+        for ax in column:
+            plain_numbers(ax)
     axes[0, 0].set_ylabel("ms"), axes[1, 0].set_ylabel("MiB")
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8)
+    fig.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8
+    )
     fig.savefig(ROOT / "nbs" / "images" / f"quantizer_{named(held['machine'])}.png")
     plt.close(fig)
 
@@ -229,58 +397,170 @@ def draw_quantizer(held: dict) -> None:
 def step(held: dict) -> str:
     "The section of one device."
     none = held["results"]["none"]["median_s"]
-    rows = [[{"none": "no quantizer", "ste": "rotvq, straight-through", "rotation": "rotvq, rotation", "plain": "a plain layer of ten lines"}.get(name, name), milli(r),
-             "" if name == "none" else f"{1 - none / r['median_s']:.1%}"] for name, r in held["results"].items()]
+    rows = [
+        [
+            {
+                "none": "no quantizer",
+                "ste": "rotvq, straight-through",
+                "rotation": "rotvq, rotation",
+                "plain": "a plain layer of ten lines",
+            }.get(name, name),
+            milli(r),
+            "" if name == "none" else f"{1 - none / r['median_s']:.1%}",
+        ]
+        for name, r in held["results"].items()
+    ]
     where = "Preset `{}` (N = {}, d = {}, K = {}):".format(held["preset"], *held["shape"])
-    return "\n".join([opening(STEP, "step", held), where, "", table(["", "a step, ms", "share"], rows), about(held, list(held["results"].values())), ""])
+    return "\n".join(
+        [
+            opening(STEP, "step", held),
+            where,
+            "",
+            table(["", "a step, ms", "share"], rows),
+            about(held, list(held["results"].values())),
+            "",
+        ]
+    )
 
 
 def steps(held: dict) -> str:
     "The section of one GPU: two hundred steps, and where the time of one goes."
-    rows = [[title, f"{1e3 * held[key]['seconds a step']:.1f}", f"{held[key]['pictures a second']:,.0f}", f"{held[key]['peak bytes'] / 2**20:,.0f}", f"{held[key]['planned bytes'] / 2**20:,.0f}"]
-            for key, title in (("eager", "as it is"), ("replayed", "replayed as a graph"), ("compiled", "compiled")) if key in held]
+    rows = [
+        [
+            title,
+            f"{1e3 * held[key]['seconds a step']:.1f}",
+            f"{held[key]['pictures a second']:,.0f}",
+            f"{held[key]['peak bytes'] / 2**20:,.0f}",
+            f"{held[key]['planned bytes'] / 2**20:,.0f}",
+        ]
+        for key, title in (
+            ("eager", "as it is"),
+            ("replayed", "replayed as a graph"),
+            ("compiled", "compiled"),
+        )
+        if key in held
+    ]
     profile, machine = held["profile"], held["machine"]
-    shown = [[f"`{row['name']}`", f"{row['ms_a_step']:.2f}", f"{row['calls_a_step']:.0f}"] for row in profile["rows"]]
-    least = held["eager"]["least seconds"]                                 # None for a GPU whose rates are not known
+    shown = [
+        [f"`{row['name']}`", f"{row['ms_a_step']:.2f}", f"{row['calls_a_step']:.0f}"]
+        for row in profile["rows"]
+    ]
+    least = held["eager"]["least seconds"]  # None for a GPU whose rates are not known
     text = f"The least that is counted is {1e3 * least:.1f} ms. " if least else ""
-    text += f"In an eager step the device is busy for {profile['device_ms_a_step']:.1f} ms, by the profiler, with these operators before all others:"
-    end = f"{machine['name']}, PyTorch {machine['torch']}" + (f", rotvq {held['version']} on {held['date']}." if "version" in held else ".") + f" {held.get('note', '')}"
-    return "\n".join([STEPS.format(slug=named(machine), **held), table(["", "a step, ms", "pictures a second", "MiB at most", "planned MiB"], rows), text, "",
-                      table(["operator", "ms a step", "calls"], shown), end, ""])
+    text += (
+        f"In an eager step the device is busy for {profile['device_ms_a_step']:.1f} ms, by the"
+        " profiler, with these operators before all others:"
+    )
+    end = (
+        f"{machine['name']}, PyTorch {machine['torch']}"
+        + (f", rotvq {held['version']} on {held['date']}." if "version" in held else ".")
+        + f" {held.get('note', '')}"
+    )
+    return "\n".join(
+        [
+            STEPS.format(slug=named(machine), **held),
+            table(["", "a step, ms", "pictures a second", "MiB at most", "planned MiB"], rows),
+            text,
+            "",
+            table(["operator", "ms a step", "calls"], shown),
+            end,
+            "",
+        ]
+    )
 
 
 def training(held: dict) -> str:
     "The section of one device."
     data, rows = held["data"], []
     for precision, times in held["steps"].items():
-        ours, theirs, plain = (times[name]["pictures_per_second"] for name in ("rotation", "vector_quantize_pytorch", "plain"))
-        rows.append([f"training step, {precision}", f"{ours:.0f}", f"{theirs:.0f}", f"{ours / theirs:.1f}", f"{plain:.0f}"])
-    ours, theirs = (data[name]["pictures_per_second"] for name in ("rotvq", "ImageFolder and DataLoader"))
-    rows.append(["batches, without a model", f"{ours:.0f}", f"{theirs:.0f}", f"{ours / theirs:.1f}", ""])
-    where = f"Preset `{held['preset']}`; decoding took {data['decoding_once_s']:.0f} s, once, for {data['pictures']:,} pictures."
-    return "\n".join([opening(TRAINING, "training", held), where, "", table(["pictures per second", "rotvq", "the other", "ratio", "a plain layer"], rows), about(held), ""])
+        ours, theirs, plain = (
+            times[name]["pictures_per_second"]
+            for name in ("rotation", "vector_quantize_pytorch", "plain")
+        )
+        rows.append(
+            [
+                f"training step, {precision}",
+                f"{ours:.0f}",
+                f"{theirs:.0f}",
+                f"{ours / theirs:.1f}",
+                f"{plain:.0f}",
+            ]
+        )
+    ours, theirs = (
+        data[name]["pictures_per_second"] for name in ("rotvq", "ImageFolder and DataLoader")
+    )
+    rows.append(
+        ["batches, without a model", f"{ours:.0f}", f"{theirs:.0f}", f"{ours / theirs:.1f}", ""]
+    )
+    where = (
+        f"Preset `{held['preset']}`; decoding took {data['decoding_once_s']:.0f} s, once, for"
+        f" {data['pictures']:,} pictures."
+    )
+    return "\n".join(
+        [
+            opening(TRAINING, "training", held),
+            where,
+            "",
+            table(["pictures per second", "rotvq", "the other", "ratio", "a plain layer"], rows),
+            about(held),
+            "",
+        ]
+    )
 
 
 def traffic(held: dict) -> str:
     "Two tables: kernels, and bytes in multiples of z."
+
     def part(title: str, shapes: list[dict]) -> str:
-        cell = lambda r: f"{r['kernels']}, {r['bytes']:.1f}" if r["bytes"] < 100 else f"{r['kernels']}, {r['bytes']:.0f}"
-        rows = [[name, *(cell(shape["results"][name]) for shape in shapes)] for name in shapes[0]["results"]]
-        return table([f"{title}: kernels, bytes / z", *(str(tuple(shape["shape"])) for shape in shapes)], rows)
-    return "\n".join([TRAFFIC.format(torch=held["torch"]), part("(N, d)", held["estimators"]), TRAFFIC_LAYER, part("(N, d, K)", held["layers"]), ""])
+        cell = lambda r: (
+            f"{r['kernels']}, {r['bytes']:.1f}"
+            if r["bytes"] < 100
+            else f"{r['kernels']}, {r['bytes']:.0f}"
+        )
+        rows = [
+            [name, *(cell(shape["results"][name]) for shape in shapes)]
+            for name in shapes[0]["results"]
+        ]
+        return table(
+            [f"{title}: kernels, bytes / z", *(str(tuple(shape["shape"])) for shape in shapes)],
+            rows,
+        )
+
+    return "\n".join(
+        [
+            TRAFFIC.format(torch=held["torch"]),
+            part("(N, d)", held["estimators"]),
+            TRAFFIC_LAYER,
+            part("(N, d, K)", held["layers"]),
+            "",
+        ]
+    )
 
 
-SECTIONS = {"estimators": (estimators, draw), "quantizer": (quantizer, draw_quantizer), "step": (step, None), "training": (training, None), "steps": (steps, None)}
+SECTIONS = {
+    "estimators": (estimators, draw),
+    "quantizer": (quantizer, draw_quantizer),
+    "step": (step, None),
+    "training": (training, None),
+    "steps": (steps, None),
+}
 ON_CPUS = [kind for kind in SECTIONS if kind != "steps"]
 
 
 def in_short(results: dict) -> str:
     "The takeaway, in medians over the shapes."
-    of_trick, of_layer, of_step, of_training = (results[kind] for kind in ("estimators", "quantizer", "step", "training"))
+    of_trick, of_layer, of_step, of_training = (
+        results[kind] for kind in ("estimators", "quantizer", "step", "training")
+    )
     middle = lambda values: statistics.median(values)
-    layer = lambda over, under, key: middle([s["training"][over][key] / s["training"][under][key] for s in of_layer["shapes"]])
+    layer = lambda over, under, key: middle(
+        [s["training"][over][key] / s["training"][under][key] for s in of_layer["shapes"]]
+    )
     peer = "vector_quantize_pytorch"
-    trick, ste = middle(ratios(of_trick, "rotate_to", "rotvq")), middle(ratios(of_trick, "rotvq", "plain STE"))
+    trick, ste = (
+        middle(ratios(of_trick, "rotate_to", "rotvq")),
+        middle(ratios(of_trick, "rotvq", "plain STE")),
+    )
     compiled = middle(ratios(of_trick, "rotvq, compiled", "rotate_to, compiled"))
     none = of_step["results"]["none"]["median_s"]
     share = lambda name: 1 - none / of_step["results"][name]["median_s"]
@@ -299,15 +579,31 @@ def in_short_on(gpu: dict) -> str:
     "The same of a GPU: as it is, not as it should be."
     name, slug = gpu["quantizer"]["machine"]["name"], named(gpu["quantizer"]["machine"])
     shapes, peer = gpu["quantizer"]["shapes"], "vector_quantize_pytorch"
-    layer = lambda over, under, key="median_s": [s["training"][over][key] / s["training"][under][key] for s in shapes]
+    layer = lambda over, under, key="median_s": [
+        s["training"][over][key] / s["training"][under][key] for s in shapes
+    ]
     span = lambda values, show=short: f"{show(min(values))} to {show(max(values))}"
     one = "{:.1f}".format
-    found = {tuple(row["shape"]): row["seconds"]["kernel"] / row["seconds"]["addmm and argmax"] for row in gpu["kernels"]["search"] if "kernel" in row["seconds"]}
-    slower, about_equal = ([x for (_, d, _), x in found.items() if (d >= 32) == long] for long in (True, False))
-    share = [row["share_of_copy"] for row in gpu["kernels"]["gradient"] if row["share_of_copy"] and row["shape"][0] * row["shape"][1] > 2**24]
+    found = {
+        tuple(row["shape"]): row["seconds"]["kernel"] / row["seconds"]["addmm and argmax"]
+        for row in gpu["kernels"]["search"]
+        if "kernel" in row["seconds"]
+    }
+    slower, about_equal = (
+        [x for (_, d, _), x in found.items() if (d >= 32) == long] for long in (True, False)
+    )
+    share = [
+        row["share_of_copy"]
+        for row in gpu["kernels"]["gradient"]
+        if row["share_of_copy"] and row["shape"][0] * row["shape"][1] > 2**24
+    ]
     both = layer("plain", "rotvq")
     step, none = gpu["steps"], gpu["step"]["results"]
-    least = f", and the least that is counted is {1e3 * step['eager']['least seconds']:.1f}" if step["eager"]["least seconds"] else ""
+    least = (
+        f", and the least that is counted is {1e3 * step['eager']['least seconds']:.1f}"
+        if step["eager"]["least seconds"]
+        else ""
+    )
     milliseconds = lambda name: f"{1e3 * none[name]['median_s']:.1f}"
     return f"""
 **On an {name}** ([PyTorch {gpu["quantizer"]["machine"]["torch"]}](#quantizer-{slug})) the layer is about as fast as the other library's, and slower than a plain one:
@@ -319,7 +615,10 @@ def in_short_on(gpu: dict) -> str:
 
 
 def of_machine(name: str, kinds) -> dict:
-    return {kind: json.loads((RESULTS / f"{kind}_{name}.json").read_text(encoding="utf-8")) for kind in kinds}
+    return {
+        kind: json.loads((RESULTS / f"{kind}_{name}.json").read_text(encoding="utf-8"))
+        for kind in kinds
+    }
 
 
 def page() -> tuple[str, list]:
@@ -327,13 +626,15 @@ def page() -> tuple[str, list]:
     text, figures = INTRO + in_short(of_machine("cpu", ON_CPUS)), []
     for file in sorted(RESULTS.glob("kernels_*.json")):
         name, kinds = file.stem.removeprefix("kernels_"), ("quantizer", "step", "kernels", "steps")
-        if all((RESULTS / f"{kind}_{name}.json").exists() for kind in kinds): text += in_short_on(of_machine(name, kinds))
+        if all((RESULTS / f"{kind}_{name}.json").exists() for kind in kinds):
+            text += in_short_on(of_machine(name, kinds))
     for kind, (write, figure) in SECTIONS.items():
         for file in sorted(RESULTS.glob(f"{kind}_*.json")):
             held = json.loads(file.read_text(encoding="utf-8"))
             refuse_disturbed(file.name, held)
             text += write(held)
-            if figure and held.get("curves", True): figures.append((figure, held))
+            if figure and held.get("curves", True):
+                figures.append((figure, held))
     counted = RESULTS / "traffic.json"
     return text + traffic(json.loads(counted.read_text(encoding="utf-8"))), figures
 
@@ -341,6 +642,11 @@ def page() -> tuple[str, list]:
 if __name__ == "__main__":
     text, figures = page()
     file = ROOT / "nbs" / "benchmarks.qmd"
-    if "--check" in sys.argv: sys.exit(file.read_text(encoding="utf-8") != text and f"{file} differs from the results: run tools/benchmarks_page.py.")
+    if "--check" in sys.argv:
+        sys.exit(
+            file.read_text(encoding="utf-8") != text
+            and f"{file} differs from the results: run tools/benchmarks_page.py."
+        )
     file.write_text(text, encoding="utf-8")
-    for figure, held in figures: figure(held)
+    for figure, held in figures:
+        figure(held)

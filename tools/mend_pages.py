@@ -1,13 +1,17 @@
-"""After `quarto render`: take from the pages what asks an outside host for something, and mend what is wrong in all of them.
+"""After `quarto render`: take from the pages what asks an outside host for something, and mend what
+is wrong in all of them.
 
-Quarto adds require.js and jQuery from an outside host to pages with HTML outputs, and a line that needs them; inline scripts of such
-outputs run without. Pandoc writes the double bar of a norm as the relation "parallel to", which browsers set with spaces, and a hat
-that they stretch over the letter. Outputs that are wider than the page scroll, which a keyboard must reach. nbdev links names of the
-package to the published site, where they stood in chapters; here they lead to the reference, beside the page. A link to a work of
-references.bib, which in JupyterLab is just that, becomes a citation: Quarto's script shows the entry over it, and the page lists it at
-its end. Pages of notebooks offer the notebook, here and in Colab. Quarto starts this script with the rendered files in
-QUARTO_PROJECT_OUTPUT_FILES, one a line.
+Quarto adds require.js and jQuery from an outside host to pages with HTML outputs, and a line that
+needs them; inline scripts of such outputs run without. Pandoc writes the double bar of a norm as
+the relation "parallel to", which browsers set with spaces, and a hat that they stretch over the
+letter. Outputs that are wider than the page scroll, which a keyboard must reach. nbdev links names
+of the package to the published site, where they stood in chapters; here they lead to the reference,
+beside the page. A link to a work of references.bib, which in JupyterLab is just that, becomes a
+citation: Quarto's script shows the entry over it, and the page lists it at its end. Pages of
+notebooks offer the notebook, here and in Colab. Quarto starts this script with the rendered files
+in QUARTO_PROJECT_OUTPUT_FILES, one a line.
 """
+
 import os
 import re
 import shutil
@@ -17,7 +21,7 @@ from pathlib import Path
 
 OUTSIDE = re.compile(
     r'<script[^>]*src="https?://[^"]*(?:require|jquery)[^"]*"[^>]*>\s*</script>\s*'
-    r"|<script[^>]*>\s*define\('jquery'[^<]*</script>\s*",      # for require.js, which is gone
+    r"|<script[^>]*>\s*define\('jquery'[^<]*</script>\s*",  # for require.js, which is gone
     re.IGNORECASE,
 )
 WORDS = {
@@ -30,35 +34,58 @@ config = ConfigParser(delimiters=["="])
 config.read(ROOT / "settings.ini", encoding="utf-8")
 REPOSITORY = "github/{user}/{repo}/blob/{branch}".format(**config["DEFAULT"])
 # what nbdev knows of each name: page and anchor, and the file that holds it
-PLACES = dict(re.findall(r"\('([\w.]+#[\w.]+)',\s+'rotvq/(\w+)\.py'\)", (ROOT / "rotvq" / "_modidx.py").read_text(encoding="utf-8")))
+PLACES = dict(
+    re.findall(
+        r"\('([\w.]+#[\w.]+)',\s+'rotvq/(\w+)\.py'\)",
+        (ROOT / "rotvq" / "_modidx.py").read_text(encoding="utf-8"),
+    )
+)
 
 
 def to_reference(link: re.Match) -> str:
     place = link[1]
-    return f'href="reference/{PLACES[place]}.html#{place.partition("#")[2]}"' if place in PLACES else link[0]
+    return (
+        f'href="reference/{PLACES[place]}.html#{place.partition("#")[2]}"'
+        if place in PLACES
+        else link[0]
+    )
 
 
 def wrapped(output: re.Match) -> str:
     "Sentences that are wider than the page are wrapped; what is set in columns scrolls."
     lines = output[2].splitlines()
-    sentences = any(len(line) > 88 for line in lines) and not any("   " in line.strip() for line in lines)
-    return output[1].replace("<pre", '<pre class="sentences"') + output[2] if sentences else output[0]
+    sentences = any(len(line) > 88 for line in lines) and not any(
+        "   " in line.strip() for line in lines
+    )
+    return (
+        output[1].replace("<pre", '<pre class="sentences"') + output[2] if sentences else output[0]
+    )
 
 
 def mend(html: str) -> str:
-    "`html` without script tags that load require.js or jQuery from another host, or need them; those words and links replaced."
-    for wrong, right in WORDS.items(): html = html.replace(wrong, right)
+    """`html` without script tags that load require.js or jQuery from another host, or need them;
+    those words and links replaced."""
+    for wrong, right in WORDS.items():
+        html = html.replace(wrong, right)
     html = re.sub(r'(<pre tabindex="0"><code>)([^<]*)', wrapped, html)
     html = re.sub(r'href="https://[^"/]+/rotvq/([\w.]+#[\w.]+)"', to_reference, html)
     # a still picture inside the page is no address that a preview could show
-    html = re.sub(r'(<meta property="og:image" content="https://[^"/]+/[^"/]+/)data:[^"]*"', r'\1images/effect.png"', html)
+    html = re.sub(
+        r'(<meta property="og:image" content="https://[^"/]+/[^"/]+/)data:[^"]*"',
+        r'\1images/effect.png"',
+        html,
+    )
     return OUTSIDE.sub("", html)
 
 
 def works(literature: str) -> dict[str, tuple[str, str]]:
     "Key and entry of each address in the list of references of the rendered page on literature."
     entries = re.findall(r'(<div id="ref-(\w+)" class="csl-entry".*?</div>)', literature, re.DOTALL)
-    return {unescape(address): (key, entry) for entry, key in entries for address in re.findall(r'href="([^"]+)"', entry)}
+    return {
+        unescape(address): (key, entry)
+        for entry, key in entries
+        for address in re.findall(r'href="([^"]+)"', entry)
+    }
 
 
 def cite(html: str, known: dict[str, tuple[str, str]]) -> str:
@@ -67,13 +94,17 @@ def cite(html: str, known: dict[str, tuple[str, str]]) -> str:
     main, foot = rest or ("", "")
 
     def citation(link: re.Match) -> str:
-        if unescape(link[1]) not in known: return link[0]
+        if unescape(link[1]) not in known:
+            return link[0]
         key, cited[key] = known[unescape(link[1])]
-        return f'<span class="citation" data-cites="{key}"><a role="doc-biblioref"{link[0][2:]}</span>'
+        return (
+            f'<span class="citation" data-cites="{key}"><a role="doc-biblioref"{link[0][2:]}</span>'
+        )
 
     main = re.sub(r'<a href="(https?://[^"]+)"[^>]*>.*?</a>', citation, main, flags=re.DOTALL)
     entries = "\n".join(cited[key] for key in sorted(cited))
-    references = f"""<section class="quarto-appendix-contents" role="doc-bibliography" aria-label="References">
+    references = f"""<section class="quarto-appendix-contents" role="doc-bibliography"
+ aria-label="References">
 <h2>References</h2><div id="refs" class="references csl-bib-body hanging-indent" role="list">
 {entries}
 </div></section>
@@ -82,10 +113,14 @@ def cite(html: str, known: dict[str, tuple[str, str]]) -> str:
 
 
 def offer(html: str, notebook: str) -> str:
-    "`html` with a link to the notebook, which lies beside the page, and one that opens it in Colab."
+    """`html` with a link to the notebook, which lies beside the page, and one that opens it in
+    Colab."""
     colab = f"https://colab.research.google.com/{REPOSITORY}/nbs/{notebook}"
-    items = (f'<li><a href="{colab}" class="toc-action"><i class="bi bi-play-circle"></i>Open in Colab</a></li>'
-             f'<li><a href="{notebook}" download class="toc-action"><i class="bi bi-download"></i>Download notebook</a></li>')
+    items = (
+        f'<li><a href="{colab}" class="toc-action"><i class="bi bi-play-circle"></i>Open in'
+        f' Colab</a></li><li><a href="{notebook}" download class="toc-action"><i class="bi'
+        ' bi-download"></i>Download notebook</a></li>'
+    )
     return re.sub(r'(<div class="toc-actions[^>]*><ul>)', rf"\1{items}", html)
 
 
@@ -94,7 +129,14 @@ if __name__ == "__main__":
     # nbdev drops the number of a notebook from the name of its page
     notebooks = {re.sub(r"^\d+_", "", file.stem): file for file in (ROOT / "nbs").glob("*.ipynb")}
     # also where a single page is rendered, beside the others of an earlier time
-    literature = next((page.parent / "literature.html" for page in pages if (page.parent / "literature.html").exists()), None)
+    literature = next(
+        (
+            page.parent / "literature.html"
+            for page in pages
+            if (page.parent / "literature.html").exists()
+        ),
+        None,
+    )
     known = works(literature.read_text(encoding="utf-8")) if literature else {}
     for page in pages:
         if page.suffix == ".html":

@@ -1,4 +1,5 @@
-"""Executes every code cell of the notebooks twice in a row, as a reader does who changes one and goes back: nothing may fail.
+"""Executes every code cell of the notebooks twice in a row, as a reader does who changes one and
+goes back: nothing may fail.
 
     python tools/twice.py [CHAPTER ...]             (make test-twice)
 

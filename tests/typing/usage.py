@@ -1,15 +1,30 @@
-"""The public API as users write it, for a type checker; nothing here runs. `tests/test_types.py` checks it."""
+"""The public API as users write it, for a type checker; nothing here runs. `tests/test_types.py`
+checks it."""
+
 from pathlib import Path
-from typing import Literal
+from typing import Literal, assert_type
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from typing_extensions import assert_type
 
 import rotvq
-from rotvq import VQVAE, Quantized, VectorQuantizer, convert_state_dict, householder_matrix, learn_after, linear_estimator
-from rotvq import nearest_code, reflect, reflection_trick, rotate, rotation_matrix, rotation_trick, straight_through
+from rotvq import (
+    VQVAE,
+    Quantized,
+    VectorQuantizer,
+    convert_state_dict,
+    householder_matrix,
+    learn_after,
+    linear_estimator,
+    nearest_code,
+    reflect,
+    reflection_trick,
+    rotate,
+    rotation_matrix,
+    rotation_trick,
+    straight_through,
+)
 
 
 def estimators(z: Tensor, q: Tensor) -> None:
@@ -27,7 +42,9 @@ def estimators(z: Tensor, q: Tensor) -> None:
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.vq = VectorQuantizer(dim=8, codebook_size=16, estimator=lambda z, q: q, revive_below=0.5, channel_first=True)
+        self.vq = VectorQuantizer(
+            dim=8, codebook_size=16, estimator=lambda z, q: q, revive_below=0.5, channel_first=True
+        )
 
     def forward(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
         q, indices, loss = self.vq(z, mask)
