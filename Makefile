@@ -70,14 +70,28 @@ train: $(VENV)/train-ready
 	@echo "==> rotvq train"
 	@$(BIN)/rotvq train
 
+lint: $(VENV)/dev-ready
+	@$(BIN)/ruff check -q .
+	@$(BIN)/ruff format -q --check . || { echo "make format lays them out"; exit 1; }
+
+format: $(VENV)/dev-ready
+	@$(BIN)/ruff check -q --fix .
+	@$(BIN)/ruff format -q .
+	@$(BIN)/nbdev_clean
+
 # The real pictures where ROTVQ_DATA names them, else the bundled sample: tests never download. The notebooks run in nbs/,
 # so a relative folder is made absolute first. Notebooks and files of tests run two at a time, with one thread each.
-test: $(VENV)/dev-ready
-	@set -e; PATH="$(CURDIR)/$(BIN):$$PATH"; export PATH ROTVQ_PRESET=smoke ROTVQ_CACHE="$(CURDIR)/$(VENV)/cache" ROTVQ_DATA="$${ROTVQ_DATA:-sample}"; \
+TESTING = set -e; PATH="$(CURDIR)/$(BIN):$$PATH"; export PATH ROTVQ_PRESET=smoke ROTVQ_CACHE="$(CURDIR)/$(VENV)/cache" ROTVQ_DATA="$${ROTVQ_DATA:-sample}"; \
 	if [ -d "$$ROTVQ_DATA" ]; then ROTVQ_DATA=$$(cd "$$ROTVQ_DATA" && pwd); fi; \
-	export OMP_NUM_THREADS=1; \
+	export OMP_NUM_THREADS=1
+
+check: lint
+	@$(TESTING); ROTVQ_DATA=sample python -m pytest -q -n 2 --dist worksteal -m "not slow"
+
+test: lint
+	@$(TESTING); \
 	echo "==> executing the notebooks (pictures: $$ROTVQ_DATA)"; nbdev_test --n_workers 2 --do_print --timing; \
-	echo "==> pytest"; python -m pytest -n 2 --dist loadfile
+	echo "==> pytest"; python -m pytest -n 2 --dist loadfile --durations 20
 
 test-site: quarto $(VENV)/dev-ready
 	@PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest tests/test_site.py

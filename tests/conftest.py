@@ -1,6 +1,9 @@
 import os
+import subprocess
+from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 # Tests never download: the sample stands in where ROTVQ_DATA names no pictures.
@@ -20,3 +23,27 @@ def own_cache(tmp_path_factory):
         del os.environ["ROTVQ_CACHE"]
     else:
         os.environ["ROTVQ_CACHE"] = before
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch):
+    "Bit for bit is a promise for the CPU only; a GPU adds up some sums in any order."
+    for module in ("distributed", "cli"):
+        monkeypatch.setattr(f"rotvq.{module}.best_device", lambda: torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True)
+def quick(request, monkeypatch):
+    """What `make check` runs starts no process, so no compiler and no browser; but for git, whose
+    commit a run records."""
+    if request.config.option.markexpr != "not slow":
+        return
+    start = subprocess.Popen.__init__
+
+    def only_git(self, args, *more, **options):
+        program = args if isinstance(args, str) else args[0]
+        if Path(program).name != "git":
+            pytest.fail(f"starts {program}: mark this test `slow`")
+        start(self, args, *more, **options)
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", only_git)

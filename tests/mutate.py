@@ -15,10 +15,12 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 from multiprocessing import get_context
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+SHORTER = "SEEDS = (0, 1, 2)", "SEEDS = (0,)"  # what is wrong is wrong with one seed
 
 
 def chapter_of(check: str) -> tuple[str, list[str]]:
@@ -104,7 +106,7 @@ def run(job: dict) -> dict:
                     file.write_text(text.replace(old, new), encoding="utf-8")
                 found += text.count(old)
             found += sum(cell.count(old) for cell in cells)
-            cells = [cell.replace(old, new) for cell in cells]
+            cells = [cell.replace(old, new).replace(*SHORTER) for cell in cells]
             if not found:
                 return job | {"outcome": "the text to change is nowhere"}
         sys.path.insert(0, folder)
@@ -114,9 +116,11 @@ def run(job: dict) -> dict:
         torch.set_num_threads(1)
         names: dict = {"__name__": "__main__"}
         try:
-            trees = needed(cells)
-            for tree in trees if old else [*trees, trees[-1]]:  # a reader may run a check once more
+            for tree in (trees := needed(cells)):
+                began = time.monotonic()
                 exec(compile(tree, name, "exec"), names)
+            if not old and time.monotonic() - began < 2:  # a reader may run a check once more
+                exec(compile(trees[-1], name, "exec"), names)
         except AssertionError:
             outcome = "caught"
         except Exception as error:

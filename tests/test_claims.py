@@ -4,11 +4,13 @@ fail."""
 import ast
 import json
 import re
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from helpers import ROOT
+
+pytestmark = pytest.mark.slow
+
 PAGE = (ROOT / "nbs" / "claims.qmd").read_text(encoding="utf-8")
 IDS = [
     f"{letter}{k}"

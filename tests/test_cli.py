@@ -14,22 +14,17 @@ from PIL import Image
 
 import rotvq.cli as cli
 import rotvq.training as training
+from helpers import METRICS
 from rotvq import VQVAE
 from rotvq.cli import main, parse
 from rotvq.data import SAMPLE, Source, decode_picture, list_pictures
 from rotvq.report import comparison_table
 from rotvq.training import PRESETS
 
-METRICS = {"mse", "psnr", "quantization_error", "relative_error", "usage", "perplexity", "images"}
-
 DEFAULT = ("ste", "rotation", "rotation-until-used")
 
 
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch):
-    "Bit for bit is a promise for the CPU only; a GPU adds up some sums in any order."
-    for module in ("distributed", "cli"):
-        monkeypatch.setattr(f"rotvq.{module}.best_device", lambda: torch.device("cpu"))
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
 @pytest.fixture(scope="module")
@@ -179,11 +174,11 @@ def test_bad_usage_is_exit_code_2(arguments, capsys):
     assert error.value.code == 2 and "rotvq" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_help_and_module(tmp_path):
-    for command in ([sys.executable, "-m", "rotvq"], ["rotvq"]):
-        for words in (["--help"], ["train", "--help"]):
-            out = subprocess.run([*command, *words], capture_output=True, text=True, cwd=tmp_path)
-            assert out.returncode == 0 and "usage: rotvq" in out.stdout
+    for command in ([sys.executable, "-m", "rotvq", "--help"], ["rotvq", "train", "--help"]):
+        out = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert out.returncode == 0 and "usage: rotvq" in out.stdout
 
 
 def test_custom_estimator_is_saved_by_name_and_needs_a_replacement(tmp_path):
@@ -236,6 +231,7 @@ def test_a_broken_config_is_named(trained, tmp_path, capsys, text, verb):
     assert said.startswith("rotvq: ") and "config.json" in said and str(tmp_path) in said
 
 
+@pytest.mark.slow
 def test_a_photo_goes_through_the_model_that_comes_with_the_package(tmp_path, capsys):
     "The first thing that somebody tries, in a folder that is not the clone."
     photo = list_pictures(SAMPLE.root, "val")[0][0]
@@ -254,6 +250,7 @@ def test_a_photo_goes_through_the_model_that_comes_with_the_package(tmp_path, ca
     assert (x_hat - x).square().mean() < 0.03  # a photograph that it has not seen
 
 
+@pytest.mark.slow
 def test_eval_in_full(trained, capsys, monkeypatch):
     pytest.importorskip("torchmetrics")
     words = ["eval", str(trained / "ste"), "--data", "sample", "--limit", "24", "--full", "--json"]
@@ -286,6 +283,7 @@ def test_version(capsys):
     assert stop.value.code == 0 and said.startswith("rotvq 0.") and torch.__version__ in said
 
 
+@pytest.mark.slow
 def test_an_interrupt_while_the_command_loads_shows_no_traceback():
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); sys.modules['rotvq.cli'] = Stop ="

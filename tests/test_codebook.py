@@ -68,6 +68,7 @@ def test_lookup_refuses(z, codes, error):
         nearest_code(z, codes)
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 10**6), n=st.integers(1, 60), K=st.integers(1, 80))
 def test_kmeans_ends_with_every_code_at_a_mean_or_at_a_point(seed, n, K):
     g = torch.Generator().manual_seed(seed)
@@ -123,7 +124,7 @@ def test_kmeans_refuses():
         kmeans(torch.zeros(5, 3), 4, distance="manhattan")
 
 
-@given(seed=st.integers(0, 10**6), decay=st.floats(0, 0.99))
+@given(seed=st.integers(0, 10**6), decay=st.one_of(st.just(0.0), st.floats(1e-9, 0.99)))
 def test_running_average_equals_the_one_hot_form(seed, decay):
     g = torch.Generator().manual_seed(seed)
     K, d = 12, 3
@@ -143,9 +144,8 @@ def test_running_average_equals_the_one_hot_form(seed, decay):
     assert_close(counts, N)
     assert_close(sums, m)
     expected = m / ((N + 1e-5) / (N.sum() + K * 1e-5) * N.sum())[:, None]
-    assert_close(
-        codebook, torch.where(N[:, None] > 1e-14, expected, before)
-    )  # with decay 0, one without vectors stays, as in k-means
+    # with decay 0, one without vectors stays, as in k-means
+    assert_close(codebook, torch.where(N[:, None] > 0, expected, before))
 
 
 @given(

@@ -3,14 +3,15 @@ the versions are those of settings.ini."""
 
 import ast
 import re
-from pathlib import Path
 
 import pytest
 
+from helpers import ROOT
 from test_claims import can_fail
 from test_project import settings
 
-ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.slow
+
 PAGE = (ROOT / "nbs" / "compatibility.qmd").read_text(encoding="utf-8")
 ROWS = [
     [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]

@@ -14,10 +14,13 @@ from torch.testing import assert_close
 from rotvq import VQVAE, VectorQuantizer, learn_after
 from rotvq.quantizer import ESTIMATORS
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("c++") is None and shutil.which("g++") is None,
-    reason="torch.compile needs a C++ compiler on a CPU",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        shutil.which("c++") is None and shutil.which("g++") is None,
+        reason="torch.compile needs a C++ compiler on a CPU",
+    ),
+]
 
 
 class Stack(nn.Module):

@@ -100,6 +100,7 @@ def test_the_search_kernel_finds_the_lowest_of_equals(d, K):
 )
 def test_the_kernel_of_the_whole_lookup_finds_the_nearest(n, d, K):
     assert kernels.lookup_agrees(d, GPU)
+    n = math.ceil(n / 10) if REHEARSED else n
     for far in (0.0, 100.0):
         z, codes = (
             torch.randn(m, d, generator=torch.Generator().manual_seed(m)) + far for m in (n, K)
@@ -159,7 +160,7 @@ def test_groups_far_apart_are_told_apart_by_the_kernel_of_differences(d):
     z, codes = (
         places.repeat_interleave(n, 0)
         + 0.1 * torch.randn(3 * n, d, generator=torch.Generator().manual_seed(n))
-        for n in (500, 40)
+        for n in (ROWS, 40)
     )
     exact = torch.cdist(z.double(), codes.double(), compute_mode="donot_use_mm_for_euclid_dist")
     found = exact.gather(1, nearest_code(z.cuda(), codes.cuda()).cpu()[:, None])[:, 0]
@@ -243,11 +244,10 @@ def test_every_kind_of_layer_equals_the_cpu(options):
 
 @pytest.mark.parametrize("learnable", [False, True])
 def test_a_training_step_never_waits_for_the_device(learnable):
-    vq = VectorQuantizer(32, 512, learnable=learnable, revive_after=2).cuda()
-    z, mask = (
-        torch.randn(4, 500, 32, device="cuda", requires_grad=True),
-        torch.rand(4, 500, device="cuda") < 0.8,
-    )
+    K = 64 if REHEARSED else 512
+    vq = VectorQuantizer(32, K, learnable=learnable, revive_after=2).cuda()
+    z = torch.randn(4, ROWS, 32, device="cuda", requires_grad=True)
+    mask = torch.rand(4, ROWS, device="cuda") < 0.8
 
     def step():
         q, _, loss = vq(z, mask)
@@ -294,8 +294,9 @@ def test_a_training_of_replayed_graphs_equals_one_step_by_step(estimator):
     captured anew."""
     from many_trainings import Job, carry_out
 
+    few = 32 if REHEARSED else 64
     config = dataclasses.replace(
-        PRESETS["smoke"], limit=64, epochs=3, switch=1, schedule="cosine", warmup=1.0
+        PRESETS["smoke"], limit=few, epochs=3, switch=1, schedule="cosine", warmup=1.0
     )
     pictures = tuple(
         ImageNet10(split, config.size, SAMPLE, config.limit).images.to(GPU)

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import rotvq.data as data
+from helpers import noise
 from rotvq.data import (
     SAMPLE,
     DataError,
@@ -25,13 +26,6 @@ from rotvq.data import (
 )
 
 
-def picture(seed, size=(24, 20), mode="RGB"):
-    rng = np.random.default_rng(seed)
-    return Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).convert(
-        mode
-    )
-
-
 @pytest.fixture
 def folder(tmp_path):
     "Two classes, three pictures each in train and two in val; some greyscale, one a PNG."
@@ -40,7 +34,7 @@ def folder(tmp_path):
             (tmp_path / "pics" / split / name).mkdir(parents=True)
             for i in range(count):
                 mode, ext = [("RGB", "JPEG"), ("L", "jpg"), ("RGBA", "png")][i]
-                picture(10 * c + i, mode=mode).save(tmp_path / "pics" / split / name / f"{i}.{ext}")
+                noise(10 * c + i, mode=mode).save(tmp_path / "pics" / split / name / f"{i}.{ext}")
     return tmp_path / "pics"
 
 
@@ -166,7 +160,7 @@ def test_a_named_folder_that_is_wrong_is_never_replaced_by_the_sample(tmp_path, 
     with pytest.raises(DataError, match="nowhere"):
         imagenet10()
     (tmp_path / "half" / "train" / "n01").mkdir(parents=True)
-    picture(0).save(tmp_path / "half" / "train" / "n01" / "a.png")
+    noise(0).save(tmp_path / "half" / "train" / "n01" / "a.png")
     with pytest.raises(DataError, match="half/val does not exist"):
         imagenet10(tmp_path / "half")
     (tmp_path / "half" / "val" / "n01").mkdir(parents=True)
@@ -215,11 +209,11 @@ def test_cache_is_reused_and_rebuilt(folder, tmp_path, monkeypatch):
     )  # reused
     ImageNet10("train", 8, source)
     assert len(decoded) == 12  # another resolution
-    picture(99).save(folder / "train" / "n01" / "0.JPEG")
+    noise(99).save(folder / "train" / "n01" / "0.JPEG")
     assert (
         not torch.equal(ImageNet10("train", 16, source).images, first) and len(decoded) == 18
     )  # a changed file
-    picture(98).save(folder / "train" / "n01" / "new.png")
+    noise(98).save(folder / "train" / "n01" / "new.png")
     assert len(ImageNet10("train", 16, source)) == 7 and len(decoded) == 25  # a new file
     assert (
         len([p for p in leftovers(tmp_path / "cache" / "decoded") if "-16-" in p]) == 1
@@ -299,6 +293,7 @@ def test_a_cache_that_cannot_be_written_is_named(folder, tmp_path, monkeypatch):
         ImageNet10("train", 16, Source(folder, "pics"))
 
 
+@pytest.mark.slow
 def test_sample_crops_are_fixed_and_held_out_by_photograph():
     train, val = ImageNet10("train", 32, SAMPLE), ImageNet10("val", 32, SAMPLE)
     assert len(train) == 4096 and len(val) == 512 and not set(train.classes) & set(val.classes)

@@ -193,6 +193,7 @@ def test_blocks_are_seamless(monkeypatch):
         monkeypatch.undo()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     shutil.which("c++") is None and shutil.which("g++") is None,
     reason="torch.compile needs a C++ compiler on a CPU",
@@ -539,6 +540,7 @@ def test_vectors_along_another_dimension(name):
         TRICKS[name](z, q, dim=4)
 
 
+@pytest.mark.slow
 def test_a_bare_estimator_says_once_a_process_that_lambda_is_far_from_1():
     program = """
 import sys, warnings

@@ -24,6 +24,8 @@ from rotvq import (
 )
 from rotvq.codebook import code_sums
 
+pytestmark = pytest.mark.slow
+
 NBS = Path(__file__).resolve().parent.parent / "nbs"
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None

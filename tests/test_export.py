@@ -14,6 +14,8 @@ from torch.testing import assert_close
 from rotvq import FSQ, VQVAE, ProductVQ, ResidualVQ, SimVQ, VectorQuantizer
 from rotvq.codebook import TELLS_EXPORTS
 
+pytestmark = pytest.mark.slow
+
 
 class Part(nn.Module):
     """One way through a model, as a program; its outputs are plain tensors or tuples, which can be

@@ -12,13 +12,15 @@ from pathlib import Path
 
 import pytest
 
+from helpers import ROOT
 from rotvq import kernels
 from rotvq.data import SAMPLE, list_pictures
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tools")]
 import gpu_bundle
 import gpu_check
+
+pytestmark = pytest.mark.slow
 
 needs_triton = pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
 
@@ -38,8 +40,8 @@ def checked(project: Path, out: Path, *options, **environment) -> subprocess.Com
 
 @needs_triton
 def test_the_rehearsal(tmp_path):
-    "In five minutes: a part that was not done by then would have failed."
-    done = checked(ROOT, tmp_path / "out", "--rehearse", "--minutes", "5")
+    "In ten minutes: a part that was not done by then would have failed."
+    done = checked(ROOT, tmp_path / "out", "--rehearse", "--minutes", "10")
     log = (tmp_path / "out" / "log.txt").read_text(encoding="utf-8")
     assert done.returncode == 0, done.stdout + done.stderr + log[-5000:]
     report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))

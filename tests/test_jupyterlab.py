@@ -17,6 +17,8 @@ import pytest
 from browser import chromium
 from test_explorables import NBS, needs_browser
 
+pytestmark = pytest.mark.slow
+
 WIDE = """() => [...document.querySelectorAll(".jp-OutputArea-output")]
   .filter((x) => x.scrollWidth > x.clientWidth + 1)
   .map((x) => x.textContent.trim().slice(0, 80))"""

@@ -8,20 +8,20 @@ import subprocess
 import sys
 import time
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 
+from helpers import CPU, ROOT
 from rotvq import kernels
 from rotvq.codebook import best_code_definition, code_sums_definition, lookup_definition
 from rotvq.rotation import pullback_definition
 from rotvq.step import gradient_definition, quantize_definition
 
-ROOT = Path(__file__).resolve().parent.parent
 needs_triton = pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
 
 
+@pytest.mark.slow
 @needs_triton
 def test_in_the_interpreter():
     """The suites of the estimators and the lookup, and more, with the kernels as operators; in a
@@ -51,6 +51,7 @@ def ahead():
 SHORT = [f"pullback, d = {d}" for d in (3, 4, 8, 12, 100)]  # a column a lane
 
 
+@pytest.mark.slow
 def test_ahead_of_time_nothing_spills_or_is_fused_across_lanes(ahead):
     "The kernels most used, for every target."
     for target in ahead.TARGETS:
@@ -88,6 +89,7 @@ def test_the_committed_table_is_of_these_kernels(ahead):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
 def test_fusing_across_lanes_would_be_noticed(ahead, target):
     "The same kernels with fusing allowed, as they were when an H200 refused them."
@@ -236,9 +238,6 @@ def forms(calls):
         "slow": lambda: calls.append("slow") or time.sleep(0.002),
         "fast": lambda: calls.append("fast"),
     }
-
-
-CPU = torch.device("cpu")
 
 
 def test_the_faster_form_is_found_once_and_kept_on_disk(unknown):
@@ -419,6 +418,7 @@ def test_rows_that_are_too_long_are_left_to_the_definition(monkeypatch, forget):
     )
 
 
+@pytest.mark.slow
 def test_without_triton():
     "Macs, Windows and CPU builds of PyTorch have none."
     code = """

@@ -274,6 +274,7 @@ def test_attributes_are_checked_when_they_are_set_and_modes_lose_nothing():
     )  # what adds up is not rounded
 
 
+@pytest.mark.slow
 def test_a_state_or_a_start_may_come_after_learn_after_in_a_whole_graph():
     for init in ("normal", "kmeans"):
         torch._dynamo.reset()
@@ -464,6 +465,7 @@ def test_counts_may_begin_at_zero_as_in_the_authors_code():
         assert_close(ours.codebook[chosen], theirs._codebook.embed[0][chosen], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.99])
 @pytest.mark.parametrize("distance", ["euclidean", "cosine"])
 def test_codes_that_nobody_chooses_do_not_fade_into_denormal_numbers(distance, decay):

@@ -78,6 +78,7 @@ def test_a_folder_comes_before_the_hub(tmp_path, monkeypatch):
     assert same(VQVAE.from_pretrained("somebody/model"), model)
 
 
+@pytest.mark.slow
 def test_the_mixin_of_the_hub_reads_the_folder(tmp_path):
     hub = pytest.importorskip("huggingface_hub")
 

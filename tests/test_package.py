@@ -14,6 +14,8 @@ import yaml
 
 from helpers import ROOT, settings
 
+pytestmark = pytest.mark.slow
+
 COPIED = ("rotvq", "tests", "settings.ini", "setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE")
 COPIED += ("README.md", "CHANGELOG.md", "CITATION.cff", "rotvq_command.py")
 

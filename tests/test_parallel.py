@@ -15,6 +15,8 @@ from torch.testing import assert_close
 
 from rotvq import VectorQuantizer, learn_after
 
+pytestmark = pytest.mark.slow
+
 WORLD = 2
 DIVIDES = (
     torch.__version__ >= "2.13"

@@ -12,6 +12,8 @@ from torch.testing import assert_close
 from rotvq import VectorQuantizer
 from test_explorables import NBS, TRICKS, in_browser, needs_browser
 
+pytestmark = pytest.mark.slow
+
 PAGE = (NBS / "playground.qmd").read_text(encoding="utf-8")
 BODY = "".join(re.findall(r"^<div class=\"playground.*$", PAGE, re.MULTILINE))
 SCRIPTS = "rotvq.js", "playground.js"

@@ -8,24 +8,20 @@ import re
 import shutil
 import subprocess
 import sys
-from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parent.parent
+from helpers import ROOT, contents, settings
+
+pytestmark = pytest.mark.slow
+
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 
 
 def cells(notebook: Path):
     return json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-
-
-def settings():
-    config = ConfigParser(delimiters=["="])
-    config.read(ROOT / "settings.ini", encoding="utf-8")
-    return config["DEFAULT"]
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +51,6 @@ def nbdev(command: str, place: Path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-
-
-def contents(folder: Path, pattern: str) -> dict:
-    return {
-        p.relative_to(folder).as_posix(): p.read_bytes()
-        for p in sorted(folder.glob(pattern))
-        if p.is_file()
-    }
 
 
 def test_export_leaves_no_difference(copy):

@@ -141,6 +141,7 @@ def test_same_after_copy_pickle_and_state_dict(options):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize(
     "options", [{"estimator": name} for name in ESTIMATORS] + list(OPTIONS.values())[1:], ids=str
@@ -520,6 +521,7 @@ def test_a_kmeans_start_that_half_precision_cannot_hold_changes_nothing():
     assert all(torch.equal(state, before[name]) for name, state in vq.state_dict().items())
 
 
+@pytest.mark.slow
 def test_running_sums_of_a_half_precision_layer_neither_stall_nor_overflow():
     for dtype in (torch.float16, torch.bfloat16):
         vq, full = layer(decay=0.99).to(dtype), layer(decay=0.99)
@@ -691,6 +693,7 @@ def test_layers_of_a_stack_draw_different_rows():
     assert not torch.equal(placed[0], placed[1]) and not torch.equal(placed[1], placed[2])
 
 
+@pytest.mark.slow
 def test_the_rows_drawn_are_balanced_for_small_codebooks():
     for n, count in ((16, 2), (16, 4), (16, 8), (16, 16)):
         drawn = torch.stack(

@@ -11,6 +11,8 @@ from torch.testing import assert_close
 
 from rotvq import ProductVQ, ResidualVQ, VectorQuantizer
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = {
     "plain": {},
     "cosine": {"distance": "cosine"},

@@ -217,6 +217,7 @@ def test_everything_learns(form):
     assert all(p.grad is not None and p.grad.any() for p in net.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_compiled_copied_saved_and_in_half_precision(form):
     vq, z = stack(**form), torch.randn(5, 7, 6)
@@ -425,6 +426,7 @@ def test_a_shared_codebook_that_stands_still_needs_no_learn():
             vq(torch.randn(5, 6))
 
 
+@pytest.mark.slow
 def test_two_compiled_passes_of_a_stack_with_the_rule_before_one_backward():
     torch._dynamo.reset()
     vq = stack(estimator="rotation-until-used")

@@ -26,10 +26,7 @@ from rotvq.training import PRESETS, Config, Learner, check_config, find_preset, 
 RUN = ["train", "--preset", "smoke", "--estimators", "ste", "--limit", "32", "--epochs", "1"]
 
 
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch):
-    for module in ("distributed", "cli"):
-        monkeypatch.setattr(f"rotvq.{module}.best_device", lambda: CPU)
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +134,7 @@ def test_what_is_printed_of_an_epoch_is_on_disk(tmp_path, monkeypatch):
     assert seen and seen[0][0] == "00001-0000000.pt" and seen[-1][0] == "00002-0000000.pt"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", ["1", "2", "0 1 2"])
 def test_closed_streams(tmp_path, closed):
     "As a daemon has them."
@@ -159,6 +157,7 @@ def test_output_in_any_encoding(tmp_path, monkeypatch, encoding):
     assert stop.value.code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["eval", "reconstruct"])
 def test_a_reader_that_leaves_gets_no_traceback(finished, tmp_path, verb):
     picture = next((SAMPLE.root / "val").rglob("*.jpg"))
@@ -173,6 +172,7 @@ def test_a_reader_that_leaves_gets_no_traceback(finished, tmp_path, verb):
     assert done.returncode == 1 and done.stderr == ""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full to write to")
 def test_a_full_disk_under_what_was_asked_for_is_said(finished):
     words = [sys.executable, "-m", "rotvq", "eval", str(finished / "ste"), "--limit", "4"]
@@ -498,6 +498,7 @@ def test_a_stopwatch_knows_the_time_of_its_own_thread():
 # Signals
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="has no SIGHUP")
 def test_a_closed_terminal_saves_and_one_that_is_ignored_does_not_matter(tmp_path, monkeypatch):
     step_that(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGHUP))

@@ -13,7 +13,10 @@ from browser import chromium, served
 from test_explorables import BROWSER
 from test_project import NOTEBOOKS, ROOT, cells, copy, nbdev, works  # noqa: F401
 
-pytestmark = pytest.mark.skipif(shutil.which("quarto") is None, reason="quarto is not on PATH")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("quarto") is None, reason="quarto is not on PATH"),
+]
 PREFIX = "/rotvq/"  # of the published site
 WIDTHS = 360, 768, 1280, 1920
 RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]

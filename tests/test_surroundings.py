@@ -302,6 +302,7 @@ def test_a_mode_set_before_backward_moves_the_codes_of_an_automatic_layer_which_
         assert_close(leaf.grad, states[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("told", [False, True], ids=["automatic", "told"])
 @pytest.mark.parametrize("options", [name for name in OPTIONS if name != "k-means"])
 def test_a_checkpointed_layer_in_a_compiled_graph(options, told):
@@ -315,6 +316,7 @@ def test_a_checkpointed_layer_in_a_compiled_graph(options, told):
     assert_close(state, state_, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("told", [False, True], ids=["automatic", "told"])
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("options", [name for name in OPTIONS if name != "k-means"])

@@ -10,6 +10,7 @@ import torch
 from torch.testing import assert_close
 
 import rotvq.training as training
+from helpers import CPU, METRICS, TINY
 from rotvq import VQVAE
 from rotvq.codebook import perplexity, usage
 from rotvq.data import SAMPLE, ImageNet10, fetch
@@ -29,16 +30,7 @@ from rotvq.training import (
     train,
 )
 
-TINY = dataclasses.replace(PRESETS["smoke"], name="tiny", limit=48, epochs=2)
-METRICS = {"mse", "psnr", "quantization_error", "relative_error", "usage", "perplexity", "images"}
-CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch):
-    "Bit for bit is a promise for the CPU only; a GPU adds up some sums in any order."
-    for module in ("distributed", "cli"):
-        monkeypatch.setattr(f"rotvq.{module}.best_device", lambda: torch.device("cpu"))
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
 def test_estimators_start_alike_and_see_the_same_batches():
@@ -81,6 +73,7 @@ def test_step_runs_on_meta_so_it_never_reads_a_value():
     assert mse.device.type == "meta" and counts.shape == (TINY.codebook_size,)
 
 
+@pytest.mark.slow
 def test_model_compiles_without_a_graph_break():
     model = VQVAE(16, 8, 32)
     model.quantizer.learn()  # and not by itself, outside the graph
@@ -328,6 +321,7 @@ def plain():
     return losses()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes, rtol",
     [
@@ -462,6 +456,7 @@ def test_tensorboard_reads_what_was_written(tmp_path):
     assert [event.step for event in seen.Scalars("val_mse/ste")] == [2, 5]
 
 
+@pytest.mark.slow
 def test_a_profile_on_request(tmp_path):
     train(
         dataclasses.replace(TINY, limit=256, epochs=1),

@@ -9,7 +9,6 @@ fails here as it would cost or fail there.
 import dataclasses
 import json
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,11 +19,13 @@ from torch._subclasses.fake_tensor import (
     unset_fake_temporarily,
 )
 
+from helpers import ROOT
 from rotvq.codebook import kmeans
 from rotvq.learning import Codebook
 from rotvq.training import PRESETS, Learner, sums_of
 
-ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.slow
+
 SMALL = dataclasses.replace(
     PRESETS["cuda"], name="small", size=16, width=16, dim=8, codebook_size=32, batch=8
 )

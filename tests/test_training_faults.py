@@ -19,39 +19,24 @@ from safetensors import SafetensorError
 import rotvq.model as model
 import rotvq.runs as runs
 import rotvq.training as training
+from helpers import TIMES, TINY, lines, same_weights
 from rotvq import VQVAE
 from rotvq.cli import main
 from rotvq.data import SAMPLE, ImageNet10, Source
 from rotvq.training import PRESETS, Learner, batches, train
 
-TINY = dataclasses.replace(PRESETS["smoke"], name="tiny", limit=48, epochs=2)
-TIMES = ("seconds", "pictures_per_second", "memory_gb")
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch):
-    "Bit for bit is a promise for the CPU only; a GPU adds up some sums in any order."
-    for module in ("distributed", "cli"):
-        monkeypatch.setattr(f"rotvq.{module}.best_device", lambda: torch.device("cpu"))
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
 def state_of(out: Path):
     return VQVAE.from_pretrained(out).state_dict()
 
 
-def same_weights(a: Path, b: Path):
-    a, b = state_of(a), state_of(b)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
 def figures(run):
     return [{k: v for k, v in row.items() if k not in TIMES} for row in run.rows]
 
 
-def lines(file: Path):
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_run_killed_at_random_moments_ends_as_one_left_alone(tmp_path):
     """SIGKILL again and again, often in the middle of a write: the same weights, averages, metrics
@@ -99,6 +84,7 @@ def test_a_run_killed_at_random_moments_ends_as_one_left_alone(tmp_path):
             assert all(torch.equal(held[k], a[name]["opt"]["state"][i][k]) for k in held)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM), signal.SIGINT]
 )
@@ -370,6 +356,7 @@ def test_a_damaged_newest_state_does_not_push_out_what_is_written_after_it(tmp_p
 # What can happen to a folder
 
 
+@pytest.mark.slow
 def test_two_runs_do_not_share_a_folder(tmp_path):
     "The second one is told so; a lock whose process was killed holds nobody back."
     code = (
@@ -434,6 +421,7 @@ def test_pictures_that_have_vanished_are_named(tmp_path, capsys):
     assert "other settings" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full to write to")
 @pytest.mark.parametrize("name", ["states", "model.safetensors", "metrics.jsonl"])
 def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path, capsys, monkeypatch, name):

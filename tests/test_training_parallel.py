@@ -15,12 +15,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.testing import assert_close
 
+import helpers
 from rotvq import VQVAE
 from rotvq.data import SAMPLE
 from rotvq.distributed import from_first, rank_of, world_size
-from rotvq.training import PRESETS, train
+from rotvq.training import train
 
-TINY = dataclasses.replace(PRESETS["smoke"], name="tiny", limit=64, epochs=2)
+pytestmark = pytest.mark.slow
+
+TINY = dataclasses.replace(helpers.TINY, limit=64)
 WAYS = {
     "plain": {},
     "micro-batches": {"micro_batch": 2},
@@ -28,7 +31,12 @@ WAYS = {
     "averaged": {"ema": 0.9, "schedule": "cosine", "warmup": 1.0},
     "compiled": {"compile": True, "epochs": 1},
     "bfloat16": {"precision": "bfloat16"},
+    "one validation picture": {"batch": 4, "limit": None},  # a process has none
 }
+
+
+def pictures(name, folder):
+    return f"{folder}/pictures" if name == "one validation picture" else SAMPLE
 
 
 def process(rank, folder):
@@ -39,7 +47,7 @@ def process(rank, folder):
         run = train(
             dataclasses.replace(TINY, **changes),
             "rotation",
-            SAMPLE,
+            pictures(name, folder),
             f"{folder}/{name}",
             quiet=True,
             device="cpu",
@@ -51,6 +59,7 @@ def process(rank, folder):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("together")
+    helpers.picture_folder(place / "pictures", train=8, val=1)
     mp.start_processes(process, (str(place),), nprocs=2, start_method="spawn")
     return place
 
@@ -60,7 +69,7 @@ def test_two_processes_end_where_one_would(folder, tmp_path, name):
     alone = train(
         dataclasses.replace(TINY, **WAYS[name]),
         "rotation",
-        SAMPLE,
+        pictures(name, folder),
         tmp_path / "alone",
         quiet=True,
         device="cpu",

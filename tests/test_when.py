@@ -2,12 +2,12 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from torch.testing import assert_close
 
+from helpers import ROOT
 from rotvq.bench import TOY, crops, trial
 from rotvq.model import VQVAE
 from rotvq.ste import straight_through
@@ -15,7 +15,7 @@ from rotvq.training import Learner, to_float
 from rotvq.when import FSQ, SimVQ, learnable, normalized, quantized_by
 from rotvq.why import cloud_of, half_placed
 
-ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.slow
 
 
 def test_learnable_keeps_the_other_options():

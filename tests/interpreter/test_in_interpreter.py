@@ -299,6 +299,11 @@ OTHERS = {
     "test_operator_and_definition_agree_with_the_matrix",
     "test_blocks_are_seamless",
     "test_the_default_compiler_keeps_the_accuracy_and_special_rows",
+    "test_lookup_is_one_operator_of_a_compiled_graph",
+    "test_a_bare_estimator_says_once_a_process_that_lambda_is_far_from_1",
+    # lookups and sums again, many thousands of them
+    "test_kmeans_ends_with_every_code_at_a_mean_or_at_a_point",
+    "test_kmeans_of_many_half_precision_vectors",
 }
 for suite in (test_estimators, test_codebook):
     for name in dir(suite):
