@@ -29,7 +29,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from pathlib import Path
 
@@ -118,15 +117,14 @@ def install(bundle: Path) -> None:
 
 def unpack(bundle: Path) -> Path | None:
     "The folder of the bundle's pictures, each archive unpacked once; None without pictures."
+    from rotvq.data import unpack as unpack_safely  # what it needs is there now
+
     archives = sorted(bundle.glob("pictures-*.tar.xz"))
     for archive in archives:
         done = ROOT / "data" / f".{archive.name}-{archive.stat().st_size}"
         if done.exists():
             continue
-        with tarfile.open(archive) as held:
-            held.extractall(
-                ROOT / "data", **{"filter": "data"} if hasattr(tarfile, "data_filter") else {}
-            )
+        unpack_safely(archive, ROOT / "data")
         done.touch()
     about = bundle / "bundle.json"
     return (
