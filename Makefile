@@ -14,8 +14,8 @@ export PIP_REQUIRE_VIRTUALENV ?= 1
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make train              train straight-through and rotation side by side on ImageNet-10, print the table"
-	@echo "make check              before every commit, a minute: lint, and the tests that need no compiler, browser or process"
+	@echo "make train              train straight-through, rotation and the rule side by side on ImageNet-10, print the table"
+	@echo "make check              before every commit, a minute and a half: lint, and the tests that need no compiler, browser or process"
 	@echo "make test               all notebooks and tests"
 	@echo "make test-site          the rendered site, page by page, in Chromium (needs Quarto)"
 	@echo "make test-integrations  ONNX, Lightning, accelerate, diffusers, transformers, encodec (installs them into .venv)"
@@ -78,6 +78,7 @@ format: $(VENV)/dev-ready
 	@$(BIN)/ruff check -q --fix .
 	@$(BIN)/ruff format -q .
 	@$(BIN)/nbdev_clean
+	@$(BIN)/nbdev_export
 
 # The real pictures where ROTVQ_DATA names them, else the bundled sample: tests never download. The notebooks run in nbs/,
 # so a relative folder is made absolute first. Notebooks and files of tests run two at a time, with one thread each.
@@ -107,7 +108,7 @@ test-integrations: $(VENV)/integrations-ready
 
 # Without the tests of the project itself, which need nbdev.
 test-oldest: $(OLDEST)/ready
-	@PATH="$(CURDIR)/$(OLDEST)/bin:$$PATH" python -m pytest $(foreach t,project gpu_check claims mutations explorables playground compatibility site jupyterlab,--ignore tests/test_$(t).py)
+	@PATH="$(CURDIR)/$(OLDEST)/bin:$$PATH" python -m pytest $(foreach t,project package gpu_check claims mutations explorables playground compatibility site jupyterlab,--ignore tests/test_$(t).py)
 
 test-twice: $(VENV)/dev-ready
 	@$(BIN)/python tools/twice.py
@@ -178,5 +179,5 @@ release-check:
 	@test "$(TAG)" = "v$$(sed -n 's/^version = //p' settings.ini)" || { echo "TAG is '$(TAG)', and settings.ini has version $$(sed -n 's/^version = //p' settings.ini)"; exit 1; }
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(DIST) _docs _proc build dist gpu-bundle .gpu-site *.egg-info nbs/nbdev.yml nbs/.last_checked .pytest_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(DIST) _docs _proc build dist gpu-bundle .gpu-site *.egg-info nbs/nbdev.yml nbs/.last_checked .pytest_cache .hypothesis .ruff_cache nbs/.ruff_cache
 	find rotvq nbs tests tools benchmarks \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +

@@ -43,8 +43,8 @@ from .training import find_preset, to_float, train
 # %% ../nbs/91_cli.ipynb #b7d10c52
 def to_nowhere(stream) -> None:
     "Let go what a stream holds and cannot write, else Python tries again at the end."
-    with suppress(OSError, ValueError, AttributeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    with suppress(OSError, ValueError, AttributeError), open(os.devnull, "w") as null:
+        os.dup2(null.fileno(), stream.fileno())
 
 
 class Lasting:
@@ -93,10 +93,13 @@ def steady_streams() -> Iterator[None]:
             reconfigure(errors="backslashreplace")
     with warnings.catch_warnings():
         others, here = warnings.showwarning, Path(rotvq.__file__).parent
+        said = set()
 
         def show(message, category, filename, *more):
             if Path(filename).parent == here:
-                print(f"rotvq: {message}", file=sys.stderr)
+                if str(message) not in said:  # which several places may find
+                    print(f"rotvq: {message}", file=sys.stderr)
+                said.add(str(message))
             else:
                 others(message, category, filename, *more)
 
@@ -378,7 +381,7 @@ def run_eval(args: Eval) -> None:
 class Reconstruct:
     "Write pictures and their reconstructions to a PNG."
 
-    # files that Pillow can read
+    # JPEG, PNG, WebP, BMP or TIFF
     pictures: Positional[tuple[Path, ...]]
     # folder of a trained model; None: the one that comes with the package
     checkpoint: Path | None = None

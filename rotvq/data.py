@@ -26,7 +26,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files as resource_files
@@ -260,8 +260,9 @@ def download_imagenette(
     with _writable(target.parent):
         # left by a run that was killed
         for old in target.parent.glob(f".{target.name}-*"):
-            if time.time() - old.stat().st_mtime > 86400:
-                shutil.rmtree(old, ignore_errors=True)
+            with suppress(FileNotFoundError):  # of another process, just now
+                if time.time() - old.stat().st_mtime > 86400:
+                    shutil.rmtree(old, ignore_errors=True)
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         with _timeout(timeout):
@@ -349,7 +350,8 @@ def decode_picture(
             )
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(
-            f"{file} cannot be read as a picture ({error}). Remove or replace it.",
+            f"{file} cannot be read as a picture ({error}). Remove or replace it; what "
+            f"is read is {', '.join(FORMATS)}.",
             file,
         ) from error
     return np.asarray(square).transpose(2, 0, 1)
@@ -391,7 +393,7 @@ def read_decoded(
                 file.seek(-8, os.SEEK_END)
                 if int(file.read(), 16) == zlib.crc32(pixels.reshape(-1)):
                     return pixels
-    except (OSError, ValueError, EOFError):
+    except Exception:  # NumPy reads its header as Python, which fails in many ways
         pass
     print(f"rotvq: {cache} is damaged; decoding once more", file=sys.stderr)
     return None
@@ -448,14 +450,13 @@ def remove_older(cache: Path) -> None:
     """Delete decoded pictures of the same set with another fingerprint, and what a
     killed run left a day ago."""
     stem = cache.stem.rpartition("-")[0]
-    day_old = [
-        p
-        for p in cache.parent.glob(".*.npy")
-        if time.time() - p.stat().st_mtime > 86400
-    ]
-    for old in [*cache.parent.glob(f"{stem}-*.npy"), *day_old]:
+    for old in cache.parent.glob(f"{stem}-*.npy"):
         if old != cache:
             old.unlink(missing_ok=True)
+    for old in cache.parent.glob(".*.npy"):
+        with suppress(FileNotFoundError):  # of another process, which is done with it
+            if time.time() - old.stat().st_mtime > 86400:
+                old.unlink()
 
 # %% ../nbs/09_imagenet10.ipynb #d7568044
 DECODER = 2  # part of the fingerprint: raise it when decoding changes
@@ -528,7 +529,8 @@ class ImageNet10(torch.utils.data.Dataset):
             (str(f.relative_to(root)), (s := f.stat()).st_size, s.st_mtime_ns)
             for f in files
         ]
-        place = fingerprint(str(root.resolve()))
+        # the place alone, so that another `DECODER` finds what it replaces
+        place = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
         cache = (
             cache_dir()
             / "decoded"

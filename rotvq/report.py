@@ -124,7 +124,7 @@ def save_rows(rows: dict[str, Tensor], file: Path) -> None:
             )
     file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as partial_file:
-        sheet.save(partial_file)
+        sheet.save(partial_file, "PNG")
 
 # %% ../nbs/89_report.ipynb #2d92b0af
 def save_pictures(run: Run, images: Pictures) -> list[Path]:

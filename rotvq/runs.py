@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'RESULTS', 'data_fingerprint', 'hardware', 'commit_of', 'command_line', 'record', 'write_atomically',
-           'whole_lines', 'whole_object', 'states_of', 'write_state', 'read_state', 'check_folder', 'forget_folder',
-           'load_state', 'contents_of', 'note_damaged', 'same_pictures', 'alone_in', 'Stopped', 'Requests', 'Board',
-           'starved']
+           'whole_lines', 'whole_object', 'states_of', 'write_state', 'lacks_memory', 'read_state', 'check_folder',
+           'forget_folder', 'load_state', 'contents_of', 'note_damaged', 'same_pictures', 'alone_in', 'Stopped',
+           'Requests', 'Board', 'starved']
 
 # %% ../nbs/87_runs.ipynb #89d14e3c
 import hashlib
@@ -23,7 +23,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -179,6 +179,13 @@ def write_state(
     return file
 
 # %% ../nbs/87_runs.ipynb #4e007245
+def lacks_memory(error: BaseException) -> bool:
+    "Whether it says that memory ran out, of a GPU or of the machine."
+    words = "out of memory", "allocate memory"
+    said = any(word in str(error).lower() for word in words)
+    return said or isinstance(error, MemoryError)
+
+
 def read_state(file: Path) -> dict:
     "One state; `ValueError` if it is damaged, foreign, or of another version."
     try:
@@ -198,6 +205,8 @@ def read_state(file: Path) -> dict:
         parts = {key: json.loads(state[key]) for key in ("config", "rows")}
         return state | parts | {"file": str(file)}
     except Exception as error:  # a damaged file fails in many ways
+        if lacks_memory(error):
+            raise
         first = (str(error).splitlines() or [""])[0]
         said = f"{type(error).__name__}: {first}"
         raise ValueError(f"{file} cannot be read ({said}).") from error
@@ -230,9 +239,8 @@ def check_folder(folder: Path, resume: bool, estimators: Collection[str] = ()) -
 
 
 def forget_folder(folder: Path) -> None:
-    "Remove the folder of a run that has written nothing but its lock."
-    if folder.is_dir() and {p.name for p in folder.iterdir()} <= {".lock"}:
-        (folder / ".lock").unlink(missing_ok=True)
+    "Remove a folder in which nothing was written; others stay as they are."
+    with suppress(OSError):
         folder.rmdir()
 
 # %% ../nbs/87_runs.ipynb #cc72e379
@@ -260,9 +268,9 @@ def contents_of(
     "What is wrong with the contents of a file of a run becomes an error that names it."
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if lacks_memory(error):
+            raise
         said = (str(error).splitlines() or [""])[0]
         raise ValueError(
             f"{file} does not hold what belongs there ({type(error).__name__}: "
@@ -308,7 +316,10 @@ def alone_in(folder: Path):
         ) from error
     try:
         yield
-    finally:  # the file may stay, else two others could lock two files of this name
+    finally:  # the file stays, else two others could lock two files of this name,
+        held = {p.name for p in folder.iterdir()} if folder.is_dir() else None
+        if held == {".lock"}:  # but for a folder in which nothing was written
+            (folder / ".lock").unlink()
         lock.release()
 
 # %% ../nbs/87_runs.ipynb #4a0c0bbc

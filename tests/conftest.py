@@ -1,4 +1,5 @@
 import os
+import platform
 import subprocess
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from hypothesis import settings
 # Tests never download: the sample stands in where ROTVQ_DATA names no pictures.
 os.environ.setdefault("ROTVQ_DATA", "sample")
 os.environ["ROTVQ_PRESET"] = "smoke"
+platform.platform()  # which starts `uname` once in a process, and a run records it
 settings.register_profile("rotvq", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("rotvq")
 

@@ -332,3 +332,11 @@ def test_one_bad_vector_does_not_move_the_origin_of_the_others(bad):
 def test_two_devices_are_refused():
     with pytest.raises(ValueError, match="cpu.*meta"):
         nearest_code(torch.randn(3, 4), torch.randn(5, 4, device="meta"), distance="cosine")
+
+
+SMALL = [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.uint32, torch.int32]
+
+
+@pytest.mark.parametrize("dtype", SMALL)
+def test_tokens_kept_in_small_integers_are_counted(dtype):
+    assert code_counts(torch.tensor([0, 1, 1, 3]).to(dtype), 512)[:4].tolist() == [1, 2, 0, 1]

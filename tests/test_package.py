@@ -1,6 +1,7 @@
 """What is released: both files build from a clean copy, with all that an installation needs and a
 page that leads somewhere."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -81,7 +82,9 @@ def test_what_the_index_is_told(files):
 
 
 def test_shipped_models_say_where_they_come_from_and_what_may_be_done_with_them():
-    for model in (ROOT / "rotvq").rglob("model.safetensors"):
+    models = list((ROOT / "rotvq").rglob("model.safetensors"))
+    assert len(models) == 2
+    for model in models:
         said = (model.parent / "README.md").read_text(encoding="utf-8")
         for word in ("Made by", "Trained on", "Licence", "Apache License 2.0", "Imagenette"):
             assert word in said, model.parent
@@ -126,4 +129,15 @@ def test_the_versions_of_python_that_are_tried():
 
 def test_pip_does_not_install_where_there_is_no_environment():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    assert "export PIP_REQUIRE_VIRTUALENV" in makefile
+    assert "export PIP_REQUIRE_VIRTUALENV ?= 1\n" in makefile
+
+
+def test_the_shipped_model_is_made_by_the_command_that_its_page_names():
+    from rotvq.cli import PRETRAINED, parse
+
+    page = (PRETRAINED / "README.md").read_text(encoding="utf-8")
+    command = re.search(r"`rotvq (train [^`]*)`", page)[1].split()
+    made = json.loads((PRETRAINED / "run.json").read_text(encoding="utf-8"))["run"]
+    args = parse(command)
+    assert args.estimators == (made["estimator"],) and args.seed == made["seed"]
+    assert made["preset"].items() <= vars(args.settings).items()

@@ -4,6 +4,7 @@ import copy
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -719,3 +720,10 @@ def test_two_forwards_before_one_backward(options):
     a, b = vq(z), vq(2 * z)
     (a.q.square().sum() + a.loss + b.q.square().sum() + b.loss).backward()
     assert z.grad.isfinite().all()
+
+
+def test_arrays_of_numpy_are_refused_by_name():
+    vq = layer()
+    for call, array in ((vq.decode, np.array([1])), (vq, np.zeros((2, 8), "float32"))):
+        with pytest.raises(TypeError, match="ndarray"):
+            call(array)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, CellTimeoutError
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "nbs"
 
@@ -30,8 +30,8 @@ def failures(notebook: Path, folder: Path) -> list[str]:
             for time in ("first", "second") if cell.cell_type == "code" else ():
                 try:
                     client.execute_cell(copy.deepcopy(cell), number)
-                except CellExecutionError as error:
-                    said = f"{error.ename}: {error.evalue}"
+                except (CellExecutionError, CellTimeoutError) as error:
+                    said = str(error).strip().splitlines()[-1]
                     found.append(f"{notebook.stem}, cell {cell.id}, the {time} time: {said}")
     return found
 
