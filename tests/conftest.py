@@ -1,5 +1,6 @@
 import os
 import platform
+import signal
 import subprocess
 from pathlib import Path
 
@@ -32,6 +33,21 @@ def on_the_cpu(monkeypatch):
     "Bit for bit is a promise for the CPU only; a GPU adds up some sums in any order."
     for module in ("distributed", "cli"):
         monkeypatch.setattr(f"rotvq.{module}.best_device", lambda: torch.device("cpu"))
+
+
+@pytest.fixture
+def usual_signals():
+    "As in a terminal: under nohup, or behind a `&`, some are ignored from the beginning."
+    usual = {
+        getattr(signal, name): signal.SIG_DFL
+        for name in ("SIGTERM", "SIGHUP", "SIGUSR1")
+        if hasattr(signal, name)
+    }
+    usual[signal.SIGINT] = signal.default_int_handler
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)

@@ -544,7 +544,9 @@ def test_a_stopwatch_knows_the_time_of_its_own_thread():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="has no SIGHUP")
-def test_a_closed_terminal_saves_and_one_that_is_ignored_does_not_matter(tmp_path, monkeypatch):
+def test_a_closed_terminal_saves_and_one_that_is_ignored_does_not_matter(
+    tmp_path, monkeypatch, usual_signals
+):
     step_that(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGHUP))
     words = ["train", "--preset", "smoke", "--estimators", "ste", "--data", "sample", "--out"]
     assert main([*words, str(tmp_path / "a")]) == 128 + signal.SIGHUP

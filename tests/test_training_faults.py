@@ -88,7 +88,9 @@ def test_a_run_killed_at_random_moments_ends_as_one_left_alone(tmp_path):
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM), signal.SIGINT]
 )
-def test_asked_to_stop_it_saves_in_the_middle_of_an_epoch(tmp_path, monkeypatch, capsys, number):
+def test_asked_to_stop_it_saves_in_the_middle_of_an_epoch(
+    tmp_path, monkeypatch, capsys, usual_signals, number
+):
     real, calls = Learner.step, []
 
     def step(self, x, lr=None):
