@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from rotvq import VQVAE
-from rotvq.training import PRESETS
+from rotvq.training import PRESETS, Learner
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -57,3 +57,14 @@ def settings() -> SectionProxy:
     config = ConfigParser(delimiters=["="])
     config.read(ROOT / "settings.ini", encoding="utf-8")
     return config["DEFAULT"]
+
+
+def losses_become(monkeypatch, value: float) -> None:
+    "Every step of a training reports a loss that is no number."
+    real = Learner.step
+
+    def step(self, x, lr=None):
+        mse, counts = real(self, x, lr)
+        return mse * value, counts
+
+    monkeypatch.setattr(Learner, "step", step)

@@ -18,7 +18,7 @@ import rotvq.cli as cli
 import rotvq.data as data
 import rotvq.runs as runs
 import rotvq.training as training
-from helpers import CPU, TINY, lines, noise, picture_folder, same_weights
+from helpers import CPU, TINY, lines, losses_become, noise, picture_folder, same_weights
 from rotvq.cli import main
 from rotvq.data import SAMPLE, DataError
 from rotvq.training import PRESETS, Config, Learner, check_config, find_preset, train
@@ -495,19 +495,13 @@ def test_settings_of_a_model_that_are_damaged_are_named(copy, tmp_path, capsys, 
 
 
 def test_without_a_good_state_nothing_is_said_of_one(tmp_path, monkeypatch):
-    real = Learner.step
-
-    def step(self, x, lr=None):
-        mse, counts = real(self, x, lr)
-        return mse * float("nan"), counts
-
-    monkeypatch.setattr(Learner, "step", step)
+    losses_become(monkeypatch, float("nan"))
     with pytest.raises(FloatingPointError, match="None is saved"):
         train(TINY, "ste", SAMPLE, tmp_path / "a", quiet=True)
     monkeypatch.undo()
     train(TINY, "ste", SAMPLE, tmp_path / "b", quiet=True)
     runs.states_of(tmp_path / "b")[0].unlink()
-    monkeypatch.setattr(Learner, "step", step)
+    losses_become(monkeypatch, float("nan"))
     with pytest.raises(FloatingPointError, match="The last good state is .*00001-0000000.pt"):
         train(TINY, "ste", SAMPLE, tmp_path / "b", resume=True, quiet=True)
 

@@ -3,7 +3,7 @@ goes back: nothing may fail.
 
     python tools/twice.py [CHAPTER ...]             (make test-twice)
 
-On the bundled sample, in a copy of the notebooks; about a quarter of an hour on two cores.
+On the bundled sample, in a copy of the notebooks.
 """
 
 import copy
