@@ -16,10 +16,19 @@ import shutil
 import sys
 import tempfile
 import time
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+# imported before a job forks, so that none has to do it again
+BEFOREHAND = (
+    "einops",
+    "matplotlib.pyplot",
+    "torch",
+    "torch.utils._python_dispatch",
+    "vector_quantize_pytorch",
+)
 SHORTER = "SEEDS = (0, 1, 2)", "SEEDS = (0,)"  # what is wrong is wrong with one seed
 
 
@@ -134,8 +143,8 @@ def main():
     jobs = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     os.environ |= {"MPLBACKEND": "Agg", "ROTVQ_STATIC": "1"}
     sys.stdout.flush()
-    import einops  # noqa: E401, F401
-
+    for name in BEFOREHAND:
+        import_module(name)
     out, sys.stdout = sys.stdout, sys.stderr  # the chapters print too
     with get_context("fork").Pool(2, maxtasksperchild=1) as pool:
         for result in pool.imap(run, jobs, chunksize=1):

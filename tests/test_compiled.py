@@ -130,8 +130,10 @@ def assert_same_training(
     assert_close(twin.state_dict(), model.state_dict(), rtol=2e-4, atol=2e-6)
 
 
-@pytest.mark.parametrize("returns", [False, True], ids=["loss", "all"])
-@pytest.mark.parametrize("after", FOLLOWERS)
+@pytest.mark.parametrize(
+    "after, returns",
+    [(after, False) for after in FOLLOWERS] + [("relu conv", True), ("residual stack", True)],
+)
 def test_whatever_follows_the_layer(after, returns):
     assert_same_training(Model(after, returns))
 
@@ -149,11 +151,18 @@ def test_masks():
     assert_same_training(Model(), mask=mask, fullgraph=True)
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("after", FOLLOWERS)
-def test_every_pair_with_the_partition_of_the_default_backend(after, options):
-    """Without generating code, so that all pairs can be tried: this is where a lookup was moved
-    behind the update of the codes."""
+# each option before two followers, and each follower behind the rotation
+PAIRS = dict.fromkeys(
+    [(after, "rotation") for after in FOLLOWERS]
+    + [("relu conv", options) for options in OPTIONS]
+    + list(zip(list(FOLLOWERS)[1:] * len(OPTIONS), OPTIONS))
+)
+
+
+@pytest.mark.parametrize("after, options", PAIRS)
+def test_pairs_with_the_partition_of_the_default_backend(after, options):
+    """Without generating code: this is where a lookup was moved behind
+    the update of the codes."""
     model = Model(after, **OPTIONS[options])
     if options == "k-means":
         model.vq.kmeans_init(model.before(pictures(9, 8)))
@@ -327,8 +336,9 @@ def test_no_warning_of_lambda_inside_a_graph():
             layer(torch.randn(64, 8))
 
 
-@pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize(
+    "name, backend", [*((name, "inductor") for name in ESTIMATORS), ("rotation", "aot_eager")]
+)
 def test_transforms_inside_a_compiled_function(name, backend):
     """PyTorch would trace the forward pass of a custom autograd function alone, and return zeros:
     the estimators break the graph."""

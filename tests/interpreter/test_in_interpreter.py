@@ -126,7 +126,7 @@ def test_the_search_finds_the_nearest(d, distance):
         assert off.max() < 1e-5
 
 
-@pytest.mark.parametrize("d", [1, 4, 32, 33, 256])
+@pytest.mark.parametrize("d", [1, 4, 33, 100])
 def test_the_checks_at_first_use_pass(d):
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         assert kernels.pullback_agrees(d, dtype, "cpu")
