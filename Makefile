@@ -80,8 +80,8 @@ format: $(VENV)/dev-ready
 	@$(BIN)/nbdev_clean
 	@$(BIN)/nbdev_export
 
-# The real pictures where ROTVQ_DATA names them, else the bundled sample: tests never download. The notebooks run in nbs/,
-# so a relative folder is made absolute first. Notebooks and files of tests run two at a time, with one thread each.
+# The real pictures where ROTVQ_DATA names them, else the bundled sample: tests never download. The notebooks run in
+# their own folders, so a relative one is made absolute first. Notebooks and files of tests run two at a time, with one thread each.
 TESTING = set -e; PATH="$(CURDIR)/$(BIN):$$PATH"; export PATH ROTVQ_PRESET=smoke ROTVQ_CACHE="$(CURDIR)/$(VENV)/cache" ROTVQ_DATA="$${ROTVQ_DATA:-sample}"; \
 	if [ -d "$$ROTVQ_DATA" ]; then ROTVQ_DATA=$$(cd "$$ROTVQ_DATA" && pwd); fi; \
 	export OMP_NUM_THREADS=1
@@ -122,7 +122,7 @@ gpu-bundle: $(VENV)/dev-ready
 # The notebook reads the results that the script writes; both go on where they were stopped.
 full: $(VENV)/dev-ready
 	@$(BIN)/python benchmarks/convergence.py --preset cuda
-	@cd nbs && ROTVQ_DATA=sample ROTVQ_PRESET=smoke ROTVQ_STATIC=1 ../$(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False 17_run.ipynb
+	@cd nbs/book && ROTVQ_DATA=sample ROTVQ_PRESET=smoke ROTVQ_STATIC=1 ../../$(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False 17_run.ipynb
 	@$(BIN)/nbdev_clean
 
 # In a container one is often root, where JupyterLab does not start unless told to.
@@ -147,7 +147,7 @@ notebooks: export ROTVQ_PRESET := smoke
 # the moving figures as the site needs them, not as sliders
 notebooks: export ROTVQ_STATIC := 1
 notebooks: export
-	@for n in nbs/*.ipynb; do echo "==> $$n"; \
+	@for n in $$(find nbs -name '*.ipynb' -not -path '*/.*' | sort); do echo "==> $$n"; \
 	  $(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False $$n || exit 1; done
 	@$(BIN)/nbdev_clean
 	@$(BIN)/python tools/readme.py

@@ -4,7 +4,7 @@ import re
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 root = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
@@ -17,7 +17,7 @@ raw = source.replace("github.com", "raw.githubusercontent.com")
 def absolute(link: re.Match) -> str:
     "Where a link of the README leads to for somebody who reads it on the package index."
     file, _, place = link[1].partition("#")
-    page = re.fullmatch(r"nbs/((?:reference/)?)(?:\d+_)?(\w+)\.(?:ipynb|qmd)", file)
+    page = re.fullmatch(r"nbs/((?:\w+/)*)(?:\d+_)?(\w+)\.(?:ipynb|qmd)", file)
     if page:
         target = f"{site}/{page[1]}{page[2]}.html"
     else:
@@ -62,7 +62,7 @@ setup(
     ],
     license="Apache-2.0",
     license_files=["LICENSE"],
-    packages=["rotvq"],
+    packages=find_packages(include=["rotvq", "rotvq.*"]),
     py_modules=["rotvq_command"],
     package_data={
         "rotvq": ["py.typed", "sample/*.md", "sample/*/*/*.jpg", "pretrained/*", "judge/*"]

@@ -1,5 +1,6 @@
-"""The kernels of rotvq.kernels, compiled ahead of time for GPUs that need not be here: registers,
-shared memory, spills, and whether a multiplication was fused into an addition across lanes.
+"""The kernels of rotvq.hardware.gpu, compiled ahead of time for GPUs that need not be here:
+registers, shared memory, spills, and whether a multiplication was fused into an addition across
+lanes.
 
     python benchmarks/ahead_of_time.py
 
@@ -20,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from rotvq import kernels
+from rotvq.hardware import gpu
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -78,8 +79,8 @@ def source(
     if kind in BACKWARD:
         weighs, pulls = kind == "weighted", "gradient" in kind
         kernel, const = (
-            kernels.pullback_kernel,
-            kernels.pullback_options(d, dtype, warp)
+            gpu.pullback_kernel,
+            gpu.pullback_options(d, dtype, warp)
             | {"mirror": mirror, "has_gamma": mirror, "has_weight": weighs, "next_weight": 0},
         )
         const |= {"turns": "straight" not in kind, "has_pull": pulls}
@@ -101,7 +102,7 @@ def source(
             if not there
         }
     elif kind == "differences":
-        kernel, const = kernels.differences_kernel, kernels.differences_options(d)
+        kernel, const = gpu.differences_kernel, gpu.differences_options(d)
         types = {key: name for key in ("z", "codes", "origin")} | {
             "indices": "*i64",
             "out": "*i64",
@@ -112,8 +113,8 @@ def source(
         }
     elif kind in ("lookup", "step"):
         kernel, const = (
-            kernels.lookup_kernel,
-            kernels.lookup_options(d, warp) | {"STEP": kind == "step", "LEARN": kind == "step"},
+            gpu.lookup_kernel,
+            gpu.lookup_options(d, warp) | {"STEP": kind == "step", "LEARN": kind == "step"},
         )
         types = {
             "z": name,
@@ -138,8 +139,8 @@ def source(
         )
     elif kind in ("totals", "average"):
         kernel, const = (
-            getattr(kernels, f"{kind}_kernel"),
-            kernels.average_options(d) | ({"PARTS": kernels.PARTS} if kind == "average" else {}),
+            getattr(gpu, f"{kind}_kernel"),
+            gpu.average_options(d) | ({"PARTS": gpu.PARTS} if kind == "average" else {}),
         )
         types = (
             {key: name for key in ("codes", "counts", "sums", "totals")}
@@ -148,7 +149,7 @@ def source(
         )
         types |= {"learned": "*i1", "K": number, "d": number, "P": number, "new": "fp32"}
     elif kind == "sums":
-        kernel, const = kernels.sums_kernel, kernels.sums_options(d)
+        kernel, const = gpu.sums_kernel, gpu.sums_options(d)
         types = {
             "z": name,
             "indices": "*i64",
@@ -158,7 +159,7 @@ def source(
             "d": number,
         }
     else:
-        kernel, const = kernels.search_kernel, kernels.search_options(d, warp)
+        kernel, const = gpu.search_kernel, gpu.search_options(d, warp)
         types = {
             "z": name,
             "codes": name,
@@ -190,21 +191,21 @@ def stamp() -> str:
     the file is old."""
     names = "pullback", "search", "differences", "lookup", "totals", "average", "sums"
     kinds = (
-        kernels.power_of_two,
-        kernels.exponent,
-        kernels.nearest_by_differences,
-        *(getattr(kernels, f"{name}_kernel") for name in names),
+        gpu.power_of_two,
+        gpu.exponent,
+        gpu.nearest_by_differences,
+        *(getattr(gpu, f"{name}_kernel") for name in names),
     )
-    of = dict.fromkeys(BACKWARD, kernels.pullback_options) | {
-        "search": lambda d, _: kernels.search_options(d),
-        "differences": lambda d, _: kernels.differences_options(d),
+    of = dict.fromkeys(BACKWARD, gpu.pullback_options) | {
+        "search": lambda d, _: gpu.search_options(d),
+        "differences": lambda d, _: gpu.differences_options(d),
     }
     of |= {
-        "lookup": lambda d, _: kernels.lookup_options(d),
-        "step": lambda d, _: kernels.lookup_options(d),
-        "sums": lambda d, _: kernels.sums_options(d),
+        "lookup": lambda d, _: gpu.lookup_options(d),
+        "step": lambda d, _: gpu.lookup_options(d),
+        "sums": lambda d, _: gpu.sums_options(d),
     }
-    of |= dict.fromkeys(("totals", "average"), lambda d, _: kernels.average_options(d))
+    of |= dict.fromkeys(("totals", "average"), lambda d, _: gpu.average_options(d))
     options = [of[kind](d, dtype) for kind, d, dtype, _ in JOBS.values()]
     said = [inspect.getsource(kernel.fn) for kernel in kinds] + [
         f"{name}: {value}" for held in options for name, value in held.items()
@@ -303,16 +304,16 @@ def of_cubin(cubin: bytes) -> dict:
 def compiled(target: str, job: str, **changed) -> dict:
     """One row of the table; spills in bytes of a thread, `float64` counts such instructions (NVIDIA
     only), `fused` those of `fused_across_lanes`. `changed`: other options of the compiler."""
-    gpu = TARGETS[target]
-    made, options = source(*JOBS[job], gpu.warp_size)
-    kernel = compile(made, target=gpu, options=options | changed)
+    chip = TARGETS[target]
+    made, options = source(*JOBS[job], chip.warp_size)
+    kernel = compile(made, target=chip, options=options | changed)
     row = {
         "target": target,
         "kernel": job,
         "warps": options["num_warps"],
         "shared": kernel.metadata.shared,
     }
-    if gpu.backend == "cuda":
+    if chip.backend == "cuda":
         row |= of_cubin(kernel.asm["cubin"])
         if "float64" in job:
             row["float64"] = None

@@ -5,7 +5,7 @@ what it costs.
 
 The plain set-up of benchmarks/when.py at 2.7e-3 (32 × 32, 512 codes, thirty epochs; two minutes a
 run on one core), the rotation also at 8.1e-3, which is its best rate, measured by
-`rotvq.why.cloud_of` on the validation pictures. Each run appends one line to
+`rotvq.run.why.cloud_of` on the validation pictures. Each run appends one line to
 nbs/results/clouds.jsonl; what is there is not run again. Two processes share the work with --part
 0/2 and --part 1/2, each with OMP_NUM_THREADS=1.
 """
@@ -15,11 +15,11 @@ import json
 
 import torch
 
-from rotvq.bench import trial
-from rotvq.data import SAMPLE, ImageNet10, imagenet10
-from rotvq.runs import hardware
-from rotvq.training import to_float
-from rotvq.why import cloud_of
+from rotvq.run.bench import trial
+from rotvq.run.data import SAMPLE, ImageNet10, imagenet10
+from rotvq.run.records import hardware
+from rotvq.run.training import to_float
+from rotvq.run.why import cloud_of
 from when import ROOT, config_of
 
 RESULTS = ROOT / "nbs" / "results" / "clouds.jsonl"

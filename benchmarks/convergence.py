@@ -23,13 +23,13 @@ import torch
 
 from measure import machine, named
 from rotvq.cli import in_full
-from rotvq.data import SAMPLE, ImageNet10, Source, decode_picture, imagenet10, list_pictures
-from rotvq.distributed import best_device
-from rotvq.model import VQVAE
-from rotvq.quantizer import title_of
-from rotvq.report import draw_maps, save_rows
-from rotvq.runs import write_atomically
-from rotvq.training import PRESETS, to_float, train
+from rotvq.layer.processes import best_device
+from rotvq.layer.quantizer import title_of
+from rotvq.run.data import SAMPLE, ImageNet10, Source, decode_picture, imagenet10, list_pictures
+from rotvq.run.model import VQVAE
+from rotvq.run.records import write_atomically
+from rotvq.run.report import draw_maps, save_rows
+from rotvq.run.training import PRESETS, to_float, train
 
 ROOT = Path(__file__).resolve().parent.parent
 ESTIMATORS = ("ste", "rotation", "rotation-then-ste")

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from rotvq import ResidualVQ, convert_back, convert_state_dict
 from rotvq.codebook import code_counts
-from rotvq.data import ImageNet10, imagenet10
-from rotvq.runs import hardware
+from rotvq.run.data import ImageNet10, imagenet10
+from rotvq.run.records import hardware
 
 RESULTS = Path(__file__).resolve().parent.parent / "nbs" / "results" / "exchange.json"
 DIM, SIZE, LEVELS = 16, 32, 4

@@ -117,7 +117,7 @@ def install(bundle: Path) -> None:
 
 def unpack(bundle: Path) -> Path | None:
     "The folder of the bundle's pictures, each archive unpacked once; None without pictures."
-    from rotvq.data import unpack as unpack_safely  # what it needs is there now
+    from rotvq.run.data import unpack as unpack_safely  # what it needs is there now
 
     archives = sorted(bundle.glob("pictures-*.tar.xz"))
     for archive in archives:
@@ -205,7 +205,7 @@ def steps(device: str, preset: str, count: int, out: Path) -> None:
     import torch
 
     from measure import machine
-    from rotvq.training import PRESETS
+    from rotvq.run.training import PRESETS
 
     result = {"machine": machine(device), "preset": preset, "count": count}
 
@@ -235,8 +235,8 @@ def begun(config, device):
     any is), and a call that takes one more."""
     import torch
 
-    from rotvq.data import SAMPLE, ImageNet10
-    from rotvq.training import Learner, batches, place
+    from rotvq.run.data import SAMPLE, ImageNet10
+    from rotvq.run.training import Learner, batches, place
 
     images = place(
         ImageNet10("train", config.size, SAMPLE, 1024 if device.type == "cuda" else 64).images,
@@ -255,7 +255,7 @@ def begun(config, device):
 def counted(learner, step, config, device: str, count: int) -> dict:
     import torch
 
-    from rotvq.plan import least_seconds, plan
+    from rotvq.run.plan import least_seconds, plan
 
     cuda = device == "cuda"
     if cuda:
@@ -328,9 +328,9 @@ def run(device: str, preset: str, runs: Path, out: Path) -> None:
     "Epochs of the four models of the full run, until a signal; the next check goes on from there."
     import torch
 
-    from rotvq.data import Source, imagenet10
-    from rotvq.runs import Stopped
-    from rotvq.training import PRESETS, train
+    from rotvq.run.data import Source, imagenet10
+    from rotvq.run.records import Stopped
+    from rotvq.run.training import PRESETS, train
 
     def too_soon(*_):
         raise SystemExit(NO_TIME)
@@ -452,7 +452,7 @@ def check(args) -> int:
 
     sys.path.insert(0, str(ROOT))
     from measure import machine, named
-    from rotvq.runs import commit_of
+    from rotvq.run.records import commit_of
 
     device = "cpu" if args.rehearse else "cuda"
     if device == "cuda" and not torch.cuda.is_available():

@@ -13,11 +13,11 @@ import dataclasses
 import json
 from pathlib import Path
 
-from rotvq.data import SAMPLE, ImageNet10, Source, imagenet10, list_pictures
-from rotvq.distributed import best_device
-from rotvq.model import VQVAE
-from rotvq.runs import hardware, write_atomically
-from rotvq.training import PRESETS, evaluate, train
+from rotvq.layer.processes import best_device
+from rotvq.run.data import SAMPLE, ImageNet10, Source, imagenet10, list_pictures
+from rotvq.run.model import VQVAE
+from rotvq.run.records import hardware, write_atomically
+from rotvq.run.training import PRESETS, evaluate, train
 
 ROOT = Path(__file__).resolve().parent.parent
 WNIDS = (

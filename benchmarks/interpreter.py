@@ -3,7 +3,6 @@
 import numpy as np
 import torch
 
-from rotvq import kernels
 from rotvq.codebook import (
     best_code,
     best_code_definition,
@@ -13,9 +12,10 @@ from rotvq.codebook import (
     lookup_definition,
     sum_by_code,
 )
-from rotvq.learning import average, average_definition
+from rotvq.hardware import gpu
+from rotvq.layer.learning import average, average_definition
+from rotvq.layer.step import gradient, gradient_definition, quantize, quantize_definition
 from rotvq.rotation import pullback
-from rotvq.step import gradient, gradient_definition, quantize, quantize_definition
 
 DEFINITIONS_ONLY = False  # for a comparison
 used = {
@@ -49,39 +49,39 @@ def kernels_on_the_cpu() -> None:
     @pullback.register_kernel("cpu")
     def _(g, z, q, gamma, mirror, weight=None):
         used["pullback"] += 1
-        return kernels.launch_pullback(g, z, q, gamma, mirror, weight)
+        return gpu.launch_pullback(g, z, q, gamma, mirror, weight)
 
     @best_code.register_kernel("cpu")
     def _(z, codes, offset, tile):
-        if z.dtype != torch.float32 or z.shape[1] > kernels.LONGEST_SEARCH:
+        if z.dtype != torch.float32 or z.shape[1] > gpu.LONGEST_SEARCH:
             return best_code_definition(z, codes, offset, tile)
         used["search"] += 1
-        return kernels.launch_search(z, codes, offset)
+        return gpu.launch_search(z, codes, offset)
 
     @by_differences.register_kernel("cpu")
     def _(z, codes, origin, indices, tile):
         used["differences"] += 1
-        return kernels.launch_differences(z, codes, origin, indices)
+        return gpu.launch_differences(z, codes, origin, indices)
 
     @lookup.register_kernel("cpu")
     def _(z, codes, distance, tile):
         fits = (
             z.dtype == torch.float32
-            and z.shape[1] <= kernels.LONGEST_LOOKUP
+            and z.shape[1] <= gpu.LONGEST_LOOKUP
             and distance == "euclidean"
         )
         # every other time in parts, which have kernels of their own
         used["lookup"] += fits
         if DEFINITIONS_ONLY or not fits or used["lookup"] % 2 == 0:
             return lookup_definition(z, codes, distance, tile)
-        return kernels.launch_lookup(z, codes)
+        return gpu.launch_lookup(z, codes)
 
     @sum_by_code.register_kernel("cpu")
     def _(*args):
         if DEFINITIONS_ONLY:
             return code_sums_definition(*args)
         used["sums"] += 1
-        return kernels.launch_sums(*args)
+        return gpu.launch_sums(*args)
 
     @average.register_kernel("cpu")
     def _(*args):
@@ -93,24 +93,24 @@ def kernels_on_the_cpu() -> None:
         ):
             return average_definition(*args)
         used["average"] += 1
-        return kernels.launch_average(*state, decay)
+        return gpu.launch_average(*state, decay)
 
     @quantize.register_kernel("cpu")
     def _(z, codes, distance, tile, commitment, sums, ticket):
         fits = (
             len(z)
             and z.dtype == torch.float32
-            and z.shape[1] <= kernels.LONGEST_LOOKUP
+            and z.shape[1] <= gpu.LONGEST_LOOKUP
             and distance == "euclidean"
         )
         if DEFINITIONS_ONLY or not fits:
             return quantize_definition(z, codes, distance, tile, commitment, sums, ticket)
         used["quantize"] += 1
-        return kernels.launch_quantize(z, codes, commitment, sums, ticket)
+        return gpu.launch_quantize(z, codes, commitment, sums, ticket)
 
     @gradient.register_kernel("cpu")
     def _(*args):
         if DEFINITIONS_ONLY or args[0].dtype != torch.float32:
             return gradient_definition(*args)
         used["gradient"] += 1
-        return kernels.launch_gradient(*args)
+        return gpu.launch_gradient(*args)

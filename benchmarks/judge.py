@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from rotvq.data import SAMPLE, ImageNet10, decode_picture, imagenet10, list_pictures
-from rotvq.distributed import best_device
-from rotvq.metrics import Judge
-from rotvq.runs import data_fingerprint, hardware
-from rotvq.training import to_float
+from rotvq.layer.processes import best_device
+from rotvq.run.data import SAMPLE, ImageNet10, decode_picture, imagenet10, list_pictures
+from rotvq.run.metrics import Judge
+from rotvq.run.records import data_fingerprint, hardware
+from rotvq.run.training import to_float
 
 OUT = Path(__file__).resolve().parent.parent / "rotvq" / "judge"
 

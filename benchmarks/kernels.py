@@ -1,5 +1,5 @@
-"""The kernels of rotvq.kernels by themselves, on a GPU: whether they are right, how fast they are,
-and what a call costs the host.
+"""The kernels of rotvq.hardware.gpu by themselves, on a GPU: whether they are right, how fast they
+are, and what a call costs the host.
 
     python benchmarks/kernels.py
 
@@ -21,11 +21,12 @@ from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to
 
 from measure import machine, on_device, on_host, save
 from quantizer import Plain
-from rotvq import VectorQuantizer, kernels, rotation_trick
+from rotvq import VectorQuantizer, rotation_trick
 from rotvq.codebook import best_code_definition, lookup_definition, nearest_code
+from rotvq.hardware import gpu
 from rotvq.householder import householder_matrix
+from rotvq.layer.surroundings import exact_products
 from rotvq.rotation import pullback, rotation_matrix
-from rotvq.surroundings import exact_products
 
 GRADIENTS = [(65536, 32), (1048576, 32), (2097152, 64), (4194304, 4), (524288, 256), (131072, 1024)]
 SEARCHES = [
@@ -51,7 +52,7 @@ def errors(device: str, lengths=(2, 3, 4, 8, 12, 32, 64, 256)) -> dict:
         }
         for name, (mirror, matrix) in forms.items():
             expected = ((length * matrix).mT @ g.double()[:, :, None])[..., 0]
-            found = kernels.launch_pullback(
+            found = gpu.launch_pullback(
                 g.to(device), z.to(device), q.to(device), None, mirror
             ).cpu()
             worst[f"{name}, d = {d}"] = (
@@ -61,7 +62,7 @@ def errors(device: str, lengths=(2, 3, 4, 8, 12, 32, 64, 256)) -> dict:
             continue
         codes = torch.randn(300, d, generator=generator)
         distances = torch.cdist(a, codes.double())
-        found = kernels.launch_search(
+        found = gpu.launch_search(
             z.to(device), codes.to(device), -0.5 * codes.to(device).square().sum(1)
         ).cpu()
         wrong += int(
@@ -74,22 +75,20 @@ def trust(device: str) -> dict:
     """Whether each kernel passes its check at first use; one that does not is replaced by its
     definition."""
     verdicts = {
-        f"pullback, d = {d}, {str(dtype).removeprefix('torch.')}": kernels.pullback_agrees(
+        f"pullback, d = {d}, {str(dtype).removeprefix('torch.')}": gpu.pullback_agrees(
             d, dtype, device
         )
         for d in sorted({3, 8, 12, *(d for _, d in GRADIENTS)})
         for dtype in (torch.float32, torch.bfloat16)
     }
     verdicts |= {
-        f"differences, d = {d}": kernels.differences_agree(d, torch.float32, device)
+        f"differences, d = {d}": gpu.differences_agree(d, torch.float32, device)
         for d in (4, 32, 256)
     }
-    verdicts |= {f"search, d = {d}": kernels.search_agrees(d, device) for d in (4, 16, 32)}
-    verdicts |= {f"lookup, d = {d}": kernels.lookup_agrees(d, device) for d in (4, 16, 32, 64)}
-    verdicts |= {
-        f"sums, d = {d}": kernels.sums_agree(d, torch.float32, device) for d in (4, 32, 256)
-    }
-    return verdicts | {f"average, d = {d}": kernels.averages_agree(d, device) for d in (4, 32, 256)}
+    verdicts |= {f"search, d = {d}": gpu.search_agrees(d, device) for d in (4, 16, 32)}
+    verdicts |= {f"lookup, d = {d}": gpu.lookup_agrees(d, device) for d in (4, 16, 32, 64)}
+    verdicts |= {f"sums, d = {d}": gpu.sums_agree(d, torch.float32, device) for d in (4, 32, 256)}
+    return verdicts | {f"average, d = {d}": gpu.averages_agree(d, device) for d in (4, 32, 256)}
 
 
 def copy_rate(device: str, n: int) -> float:
@@ -105,7 +104,7 @@ def gradient(n: int, d: int, dtype: torch.dtype, device: str, rate: float) -> di
     both = lambda f: lambda: torch.autograd.grad(f(z, q), z, g)
     held = z.detach()
     calls = {
-        "kernel": lambda: kernels.launch_pullback(g, held, q, None, False),
+        "kernel": lambda: gpu.launch_pullback(g, held, q, None, False),
         "rotation_trick": both(rotation_trick),
         "plain STE": both(lambda z, q: z + (q - z).detach()),
         "rotate_to": both(rotate_to),
@@ -135,10 +134,10 @@ def search(n: int, d: int, K: int, device: str) -> dict:
     }
     calls["in parts"] = lambda: lookup_definition(z, codes, "euclidean", 2**24)
     found = {"shape": [n, d, K]}
-    if d <= kernels.LONGEST_LOOKUP:
-        calls["one kernel"] = lambda: kernels.launch_lookup(z, codes)
+    if d <= gpu.LONGEST_LOOKUP:
+        calls["one kernel"] = lambda: gpu.launch_lookup(z, codes)
     if d <= LONGEST:
-        calls["kernel"] = lambda: kernels.launch_search(z, codes, offset)
+        calls["kernel"] = lambda: gpu.launch_search(z, codes, offset)
         found["same"] = (
             (calls["kernel"]() == products()).float().mean().item()
         )  # near ties may differ
@@ -204,7 +203,7 @@ def main():
         interpreter.kernels_on_the_cpu()
     result = {
         "machine": machine(device),
-        "triton": kernels.triton.__version__,
+        "triton": gpu.triton.__version__,
         "rehearsal": args.rehearse,
     }
 
@@ -238,7 +237,7 @@ def main():
         result["errors"]["codes that are not nearest"],
     )
     other = max(1 - row["same"] for row in result["search"] if "same" in row)
-    used = all(kernels.verdicts.values())  # no definition was measured in the place of a kernel
+    used = all(gpu.verdicts.values())  # no definition was measured in the place of a kernel
     if (
         not all(result["trusted"].values())
         or not used
@@ -247,7 +246,7 @@ def main():
         or not other < 1e-3
     ):
         raise SystemExit(
-            f"A kernel is wrong: {result['trusted']} {kernels.verdicts}, worst relative error"
+            f"A kernel is wrong: {result['trusted']} {gpu.verdicts}, worst relative error"
             f" {worst:.1e}, {far} codes are not nearest, {other:.1e} of them others than the"
             " library's"
         )

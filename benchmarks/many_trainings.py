@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from rotvq import learn_after
-from rotvq.data import SAMPLE, ImageNet10, imagenet10
-from rotvq.training import (
+from rotvq.run.data import SAMPLE, ImageNet10, imagenet10
+from rotvq.run.training import (
     PRESETS,
     Config,
     Learner,

@@ -19,12 +19,12 @@ from pathlib import Path
 import torch
 
 from rotvq import ResidualVQ
-from rotvq.bench import trial
 from rotvq.codebook import code_counts
-from rotvq.data import ImageNet10, imagenet10
-from rotvq.runs import hardware
-from rotvq.training import PRESETS, to_float
-from rotvq.when import quantized_by
+from rotvq.run.bench import trial
+from rotvq.run.data import ImageNet10, imagenet10
+from rotvq.run.records import hardware
+from rotvq.run.training import PRESETS, to_float
+from rotvq.run.when import quantized_by
 
 RESULTS = Path(__file__).resolve().parent.parent / "nbs" / "results" / "residual.jsonl"
 CONFIG = dataclasses.replace(PRESETS["study"], epochs=10, schedule="cosine", precision="bfloat16")

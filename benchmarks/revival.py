@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
-from rotvq.bench import trial
-from rotvq.data import SAMPLE, ImageNet10, imagenet10
-from rotvq.model import VQVAE
-from rotvq.runs import hardware
-from rotvq.training import PRESETS
+from rotvq.run.bench import trial
+from rotvq.run.data import SAMPLE, ImageNet10, imagenet10
+from rotvq.run.model import VQVAE
+from rotvq.run.records import hardware
+from rotvq.run.training import PRESETS
 
 RESULTS = Path(__file__).resolve().parent.parent / "nbs" / "results" / "revival.jsonl"
 STUDY = dataclasses.replace(PRESETS["study"], precision="bfloat16")

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from rotvq import rotation_until_used
-from rotvq.bench import trial
-from rotvq.data import SAMPLE, ImageNet10, imagenet10
-from rotvq.learning import NEVER_CHOSEN, Codebook, unused_within_reach
-from rotvq.runs import hardware
+from rotvq.layer.learning import NEVER_CHOSEN, Codebook, unused_within_reach
+from rotvq.run.bench import trial
+from rotvq.run.data import SAMPLE, ImageNet10, imagenet10
+from rotvq.run.records import hardware
 from when import ROOT, SETUPS, config_of
 
 RESULTS = ROOT / "nbs" / "results" / "rule.jsonl"

@@ -18,7 +18,7 @@ from vector_quantize_pytorch import VectorQuantize
 
 from measure import in_turns, machine, save
 from quantizer import Plain
-from rotvq.training import PRESETS, Learner
+from rotvq.run.training import PRESETS, Learner
 
 
 class Bypass(nn.Module):

@@ -5,7 +5,7 @@ to do, without one.
 
 Every operation that is no view counts as one kernel that reads its arguments and writes its
 results. An operator of rotvq counts as what a GPU runs for it: one kernel where there is one
-(rotvq.kernels), else the operations of its definition. Compiled graphs are counted by Inductor
+(rotvq.hardware.gpu), else the operations of its definition. Compiled graphs are counted by Inductor
 itself. Writes nbs/results/traffic.json and, from it, nbs/benchmarks.qmd. Takes a minute.
 """
 
@@ -21,7 +21,7 @@ from vector_quantize_pytorch import VectorQuantize
 from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to
 
 from measure import ROOT, page
-from rotvq import VectorQuantizer, codebook, cpu, kernels, rotation_trick, rotation_until_used
+from rotvq import VectorQuantizer, codebook, rotation_trick, rotation_until_used
 from rotvq.codebook import (
     best_code_definition,
     by_differences_definition,
@@ -29,10 +29,11 @@ from rotvq.codebook import (
     code_sums_definition,
     lookup_definition,
 )
-from rotvq.learning import average_definition
-from rotvq.quantizer import quantization_loss
+from rotvq.hardware import cpu, gpu
+from rotvq.layer.learning import average_definition
+from rotvq.layer.quantizer import quantization_loss
+from rotvq.layer.step import gradient_definition, quantize_definition
 from rotvq.rotation import pullback_definition, pullback_formula, rounding
-from rotvq.step import gradient_definition, quantize_definition
 
 ESTIMATORS = [(65536, 32), (16384, 256), (65536, 4)]
 LAYERS = [(32768, 32, 1024), (16384, 256, 1024), (16384, 4, 8192), (4096, 64, 16384)]
@@ -122,24 +123,24 @@ def in_no_doubt(z, codes, origin, indices, tile):
 
 def on_gpu(n: int, d: int) -> dict:
     "What a GPU with Triton runs for n vectors of d numbers, by the code that launches it."
-    forms = {PULLBACK: kernels.launch_pullback if d <= kernels.LONGEST else pullback_definition}
+    forms = {PULLBACK: gpu.launch_pullback if d <= gpu.LONGEST else pullback_definition}
     forms |= {
-        LOOKUP: (lambda z, codes, *_: kernels.launch_lookup(z, codes))
-        if d <= kernels.LONGEST_LOOKUP
+        LOOKUP: (lambda z, codes, *_: gpu.launch_lookup(z, codes))
+        if d <= gpu.LONGEST_LOOKUP
         else lookup_definition
     }
-    forms |= {SUMS: kernels.launch_sums, AVERAGE: lambda *args: kernels.launch_average(*args[:-1])}
+    forms |= {SUMS: gpu.launch_sums, AVERAGE: lambda *args: gpu.launch_average(*args[:-1])}
     forms |= {
-        BY_DIFFERENCES: lambda z, codes, origin, indices, tile: kernels.launch_differences(
+        BY_DIFFERENCES: lambda z, codes, origin, indices, tile: gpu.launch_differences(
             z, codes, origin, indices
         )
     }
-    fused = lambda z, codes, distance, tile, *more: kernels.launch_quantize(z, codes, *more)
-    forms |= {QUANTIZE: fused if d <= kernels.LONGEST_LOOKUP else quantize_definition}
-    forms |= {GRADIENT: kernels.launch_gradient if d <= kernels.LONGEST else gradient_definition}
+    fused = lambda z, codes, distance, tile, *more: gpu.launch_quantize(z, codes, *more)
+    forms |= {QUANTIZE: fused if d <= gpu.LONGEST_LOOKUP else quantize_definition}
+    forms |= {GRADIENT: gpu.launch_gradient if d <= gpu.LONGEST else gradient_definition}
     return forms | {
-        BEST_CODE: (lambda z, codes, offset, tile: kernels.launch_search(z, codes, offset))
-        if kernels.prefers_kernel(n, d, PROCESSORS)
+        BEST_CODE: (lambda z, codes, offset, tile: gpu.launch_search(z, codes, offset))
+        if gpu.prefers_kernel(n, d, PROCESSORS)
         else in_tiles
     }
 
@@ -170,17 +171,17 @@ def counted(call, forms: dict, unit: int) -> dict:
         f"{name}_kernel"
         for name in ("pullback", "lookup", "search", "differences", "sums", "totals", "average")
     ]
-    real = [getattr(kernels, name) for name in names]
+    real = [getattr(gpu, name) for name in names]
     with Traffic(forms) as seen:
         for name in names:
-            setattr(kernels, name, Kernel(seen))
+            setattr(gpu, name, Kernel(seen))
         at_once, codebook.SUMMED_AT_ONCE = codebook.SUMMED_AT_ONCE, 2**40  # in parts on a CPU only
         try:
             call()
         finally:
             codebook.SUMMED_AT_ONCE = at_once
             for name, kernel in zip(names, real):
-                setattr(kernels, name, kernel)
+                setattr(gpu, name, kernel)
     return {"kernels": seen.kernels, "bytes": seen.bytes / unit}
 
 

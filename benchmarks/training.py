@@ -5,9 +5,9 @@ data path against DataLoader.
 
 Side by side in one run, taking turns. The step is the whole step: forward, backward, clipping,
 AdamW, the codebook. The data path is an epoch of batches as floats on the device, without a model:
-`rotvq.training.batches` against torchvision's ImageFolder (open, decode, resize, crop, mirror) in a
-DataLoader with as many workers as there are cores; the first reads bytes that were decoded once,
-and that time is given too. Writes nbs/results/training_<device>.json and, from it,
+`rotvq.run.training.batches` against torchvision's ImageFolder (open, decode, resize, crop, mirror)
+in a DataLoader with as many workers as there are cores; the first reads bytes that were decoded
+once, and that time is given too. Writes nbs/results/training_<device>.json and, from it,
 nbs/benchmarks.qmd. About five minutes on two cores.
 """
 
@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
 from measure import in_turns, machine, save
-from rotvq.data import SAMPLE, ImageNet10, imagenet10
-from rotvq.training import PRESETS, batches, place
+from rotvq.run.data import SAMPLE, ImageNet10, imagenet10
+from rotvq.run.training import PRESETS, batches, place
 from step import learners
 
 

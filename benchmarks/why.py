@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rotvq.bench import Moment, gradient_at_z, length_only, trial, turn_only
-from rotvq.data import SAMPLE, ImageNet10, imagenet10
 from rotvq.householder import unit
-from rotvq.model import VQVAE
-from rotvq.runs import hardware
-from rotvq.training import PRESETS, Config
-from rotvq.why import (
+from rotvq.run.bench import Moment, gradient_at_z, length_only, trial, turn_only
+from rotvq.run.data import SAMPLE, ImageNet10, imagenet10
+from rotvq.run.model import VQVAE
+from rotvq.run.records import hardware
+from rotvq.run.training import PRESETS, Config
+from rotvq.run.why import (
     Change,
     Norm,
     Pull,

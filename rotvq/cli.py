@@ -27,18 +27,18 @@ import tyro
 from tyro.conf import OmitArgPrefixes, Positional, subcommand
 
 import rotvq
-from .data import CROPS, SAMPLE, ImageNet10, cache_dir, decode_picture, fetch
-from .data import imagenet10, list_pictures
-from .distributed import best_device
-from .metrics import judge_classes, judged, load_judge, perceptual
-from .model import VQVAE, read_config
-from .plan import describe_plan, plan
-from .quantizer import title_of
-from .report import CAVEAT, comparison_table, save_pictures, save_rows
-from .report import write_report
-from .runs import Stopped, contents_of, forget_folder, load_state, states_of
-from .training import PRESETS, Config, check_config, check_run, evaluate
-from .training import find_preset, to_float, train
+from .run.data import CROPS, SAMPLE, ImageNet10, cache_dir, decode_picture, fetch
+from .run.data import imagenet10, list_pictures
+from .layer.processes import best_device
+from .run.metrics import judge_classes, judged, load_judge, perceptual
+from .run.model import VQVAE, read_config
+from .run.plan import describe_plan, plan
+from .layer.quantizer import title_of
+from .run.report import CAVEAT, comparison_table, save_pictures, save_rows
+from .run.report import write_report
+from .run.records import Stopped, contents_of, forget_folder, load_state, states_of
+from .run.training import PRESETS, Config, check_config, check_run, evaluate
+from .run.training import find_preset, to_float, train
 
 # %% ../nbs/91_cli.ipynb #b7d10c52
 def to_nowhere(stream) -> None:
@@ -96,7 +96,7 @@ def steady_streams() -> Iterator[None]:
         said = set()
 
         def show(message, category, filename, *more):
-            if Path(filename).parent == here:
+            if here in Path(filename).parents:
                 if str(message) not in said:  # which several places may find
                     print(f"rotvq: {message}", file=sys.stderr)
                 said.add(str(message))
@@ -284,8 +284,8 @@ def print_summary(run, source, config: Config) -> None:
         print(CAVEAT)
     else:
         print(
-            "The published figures (nbs/17_run.ipynb) are of the preset cpu; at other "
-            "settings expect others."
+            "The published figures (nbs/book/17_run.ipynb) are of the preset cpu; at "
+            "other settings expect others."
         )
     images = ImageNet10("val", config.size, source, config.limit).images
     files = [*save_pictures(run, images), run.out / "metrics.jsonl"]

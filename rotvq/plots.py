@@ -23,7 +23,7 @@ import torch
 from matplotlib.figure import Figure
 
 from .householder import reflect
-from .quantizer import ESTIMATORS, TITLES, title_of
+from .layer.quantizer import ESTIMATORS, TITLES, title_of
 
 # %% ../nbs/90_plots.ipynb #06823258
 COLORS = {

@@ -31,7 +31,7 @@ def own_cache(tmp_path_factory):
 @pytest.fixture
 def on_the_cpu(monkeypatch):
     "Bit for bit is a promise for the CPU only; a GPU adds up some sums in any order."
-    for module in ("distributed", "cli"):
+    for module in ("layer.processes", "cli"):
         monkeypatch.setattr(f"rotvq.{module}.best_device", lambda: torch.device("cpu"))
 
 

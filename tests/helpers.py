@@ -10,9 +10,20 @@ import torch
 from PIL import Image
 
 from rotvq import VQVAE
-from rotvq.training import PRESETS, Learner
+from rotvq.run.training import PRESETS, Learner
 
 ROOT = Path(__file__).resolve().parent.parent
+NBS = ROOT / "nbs"
+
+
+def below(folder: Path, pattern: str) -> list[Path]:
+    "Files of a folder and of those in it; without what begins with a dot, as Jupyter's copies do."
+    files = sorted(folder.rglob(pattern))
+    return [p for p in files if not any(x[0] == "." for x in p.relative_to(folder).parts)]
+
+
+NOTEBOOKS = below(NBS, "*.ipynb")
+PAGES = below(NBS, "*.qmd")
 CPU = torch.device("cpu")
 TINY = dataclasses.replace(PRESETS["smoke"], name="tiny", limit=48, epochs=2)  # a run of a second
 TIMES = ("seconds", "pictures_per_second", "memory_gb")  # what differs from run to run
@@ -50,6 +61,11 @@ def contents(folder: Path, pattern: str = "**/*") -> dict[str, bytes]:
     "All files of a folder."
     files = (p for p in sorted(folder.glob(pattern)) if p.is_file())
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
+
+
+def place(page: Path) -> str:
+    "Of a notebook or a page: its path in nbs/."
+    return page.relative_to(NBS).as_posix()
 
 
 def settings() -> SectionProxy:

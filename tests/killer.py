@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
-from rotvq.runs import states_of
-from rotvq.training import PRESETS, train
+from rotvq.run.records import states_of
+from rotvq.run.training import PRESETS, train
 
 CONFIG = dataclasses.replace(
     PRESETS["smoke"],

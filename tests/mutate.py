@@ -21,6 +21,9 @@ from multiprocessing import get_context
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = [
+    p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts
+]
 # imported before a job forks, so that none has to do it again
 BEFOREHAND = (
     "einops",
@@ -32,10 +35,10 @@ BEFOREHAND = (
 SHORTER = "SEEDS = (0, 1, 2)", "SEEDS = (0,)"  # what is wrong is wrong with one seed
 
 
-def chapter_of(check: str) -> tuple[str, list[str]]:
-    """Name and code cells of the notebook with the check, up to it, but for the first, which
+def chapter_of(check: str) -> tuple[Path, list[str]]:
+    """Path and code cells of the notebook with the check, up to it, but for the first, which
     installs the package where it is missing."""
-    for file in sorted((ROOT / "nbs").glob("*.ipynb")):
+    for file in NOTEBOOKS:
         cells = [
             "".join(c["source"])
             for c in json.loads(file.read_text(encoding="utf-8"))["cells"]
@@ -43,7 +46,7 @@ def chapter_of(check: str) -> tuple[str, list[str]]:
         ]
         for k, source in enumerate(cells):
             if re.search(rf"^#\| label: {check}$", source, re.MULTILINE):
-                return file.name, cells[1 : k + 1]
+                return file, cells[1 : k + 1]
     raise LookupError(check)
 
 
@@ -102,14 +105,14 @@ def run(job: dict) -> dict:
     """Outcome of a check: passes (twice in a row, where nothing is changed), caught, or what else
     went wrong."""
     check, old, new = job["check"], job.get("old"), job.get("new")
-    name, cells = chapter_of(check)
+    notebook, cells = chapter_of(check)
     with tempfile.TemporaryDirectory() as folder:
         package = shutil.copytree(
             ROOT / "rotvq", Path(folder) / "rotvq", ignore=shutil.ignore_patterns("__pycache__")
         )
         found = 0
         if old:
-            for file in package.glob("*.py"):
+            for file in package.rglob("*.py"):
                 text = file.read_text(encoding="utf-8")
                 if old in text:
                     file.write_text(text.replace(old, new), encoding="utf-8")
@@ -119,7 +122,7 @@ def run(job: dict) -> dict:
             if not found:
                 return job | {"outcome": "the text to change is nowhere"}
         sys.path.insert(0, folder)
-        os.chdir(ROOT / "nbs")
+        os.chdir(notebook.parent)
         import torch
 
         torch.set_num_threads(1)
@@ -127,9 +130,9 @@ def run(job: dict) -> dict:
         try:
             for tree in (trees := needed(cells)):
                 began = time.monotonic()
-                exec(compile(tree, name, "exec"), names)
+                exec(compile(tree, notebook.name, "exec"), names)
             if not old and time.monotonic() - began < 2:  # a reader may run a check once more
-                exec(compile(trees[-1], name, "exec"), names)
+                exec(compile(trees[-1], notebook.name, "exec"), names)
         except AssertionError:
             outcome = "caught"
         except Exception as error:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from rotvq.bench import (
+from rotvq.run.bench import (
     TOY,
     Moment,
     alignment,
@@ -19,8 +19,8 @@ from rotvq.bench import (
     turn_only,
     watching,
 )
-from rotvq.model import VQVAE
-from rotvq.training import to_float
+from rotvq.run.model import VQVAE
+from rotvq.run.training import to_float
 
 SHORT = dataclasses.replace(TOY, epochs=1, batch=256)
 

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from helpers import ROOT
+from helpers import NOTEBOOKS, ROOT, place
 
 pytestmark = pytest.mark.slow
 
@@ -32,12 +32,12 @@ def notebook(name):
 def labelled() -> dict[str, tuple[str, str]]:
     "Label of each checking cell -> its notebook and source."
     found = {}
-    for file in (ROOT / "nbs").glob("*.ipynb"):
-        for cell in notebook(file.name):
+    for file in map(place, NOTEBOOKS):
+        for cell in notebook(file):
             source = "".join(cell["source"])
             for label in re.findall(r"^#\| label: (check-\S+)$", source, re.MULTILINE):
                 assert cell["cell_type"] == "code" and label not in found, label
-                found[label] = (file.name, source)
+                found[label] = (file, source)
     return found
 
 
@@ -96,7 +96,7 @@ def test_row(claim):
                 if getattr(n, "name", "") == function
             ]
             assert body and can_fail(body[0]), name
-    for file, anchor in re.findall(r"\]\((\w+\.ipynb)(?:#([^)]+))?\)", place):
+    for file, anchor in re.findall(r"\]\(([\w/]+\.ipynb)(?:#([^)]+))?\)", place):
         assert (ROOT / "nbs" / file).exists()
         if not anchor:
             continue

@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 
 import rotvq.cli as cli
-import rotvq.training as training
+import rotvq.run.training as training
 from helpers import METRICS
 from rotvq import VQVAE
 from rotvq.cli import main, parse
-from rotvq.data import SAMPLE, Source, decode_picture, list_pictures
-from rotvq.report import comparison_table
-from rotvq.training import PRESETS
+from rotvq.run.data import SAMPLE, Source, decode_picture, list_pictures
+from rotvq.run.report import comparison_table
+from rotvq.run.training import PRESETS
 
 DEFAULT = ("ste", "rotation", "rotation-until-used")
 

@@ -305,7 +305,7 @@ def test_the_setting_of_products_is_put_back_in_any_thread():
     not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="a setting of PyTorch 2.9"
 )
 def test_an_inherited_setting_stays_inherited():
-    from rotvq.surroundings import exact_products
+    from rotvq.layer.surroundings import exact_products
 
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision, torch.backends.fp32_precision = "none", "tf32"

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 
 from rotvq import VQVAE, VectorQuantizer, learn_after
-from rotvq.quantizer import ESTIMATORS
+from rotvq.layer.quantizer import ESTIMATORS
 
 pytestmark = [
     pytest.mark.slow,

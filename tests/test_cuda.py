@@ -10,18 +10,28 @@ from torch.testing import assert_close
 
 import pretend  # makes benchmarks/ importable, too
 from pretend import GPU, REHEARSED
-from rotvq import VectorQuantizer, kernels, reflection_trick, rotation_trick, straight_through
+from rotvq import VectorQuantizer, reflection_trick, rotation_trick, straight_through
 from rotvq.codebook import best_code_definition, nearest_code
-from rotvq.data import SAMPLE, ImageNet10
+from rotvq.hardware import gpu
 from rotvq.rotation import pullback, pullback_definition
-from rotvq.training import PRESETS, Learner, Stopwatch, batches, evaluate, find_preset, rate, train
+from rotvq.run.data import SAMPLE, ImageNet10
+from rotvq.run.training import (
+    PRESETS,
+    Learner,
+    Stopwatch,
+    batches,
+    evaluate,
+    find_preset,
+    rate,
+    train,
+)
 from test_estimators import at_angle, explicit, gradient, relative_error
 from test_quantizer import OPTIONS
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() and not REHEARSED, reason="no CUDA device"
 )
-needs_triton = pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
+needs_triton = pytest.mark.skipif(gpu.triton is None, reason="Triton is not installed")
 ROWS = 20 if REHEARSED else 500  # the interpreter takes a millisecond for a row
 LENGTHS = [1, 4, 33] if REHEARSED else [1, 2, 3, 4, 8, 12, 32, 33, 100, 1000, 4096]
 
@@ -55,7 +65,7 @@ def test_estimators_equal_the_cpu(trick, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("d", LENGTHS)
 def test_the_kernel_of_the_gradient_passes_its_check_and_is_used(d, dtype, monkeypatch):
-    assert kernels.pullback_agrees(d, dtype, GPU)
+    assert gpu.pullback_agrees(d, dtype, GPU)
     z, q, g = torch.randn(3, ROWS, d, generator=torch.Generator().manual_seed(d)).to("cuda", dtype)
     scale = torch.rand(ROWS, generator=torch.Generator().manual_seed(d)).to("cuda")
     for mirror in (False, True):
@@ -76,7 +86,7 @@ def test_the_kernel_of_the_gradient_passes_its_check_and_is_used(d, dtype, monke
         )
     launches = []
     monkeypatch.setattr(
-        kernels, "launch_pullback", lambda *args: launches.append(args) or args[0].clone()
+        gpu, "launch_pullback", lambda *args: launches.append(args) or args[0].clone()
     )
     pullback(g, z, q, None, False)
     assert len(launches) == 1
@@ -85,7 +95,7 @@ def test_the_kernel_of_the_gradient_passes_its_check_and_is_used(d, dtype, monke
 @needs_triton
 @pytest.mark.parametrize("d, K", [(1, 1), (3, 100), (16, 1000), (32, 1000), (32, 257)])
 def test_the_search_kernel_finds_the_lowest_of_equals(d, K):
-    assert kernels.search_agrees(d, GPU)
+    assert gpu.search_agrees(d, GPU)
     gen = torch.Generator().manual_seed(d)
     z, codes = (
         torch.randint(-2, 3, (n, d), generator=gen).float().to("cuda") for n in (2 * ROWS, K)
@@ -93,7 +103,7 @@ def test_the_search_kernel_finds_the_lowest_of_equals(d, K):
     for far in (0, 2049):  # of which TF32 would lose the last bit
         offset = -0.5 * codes.square().sum(1) * (far == 0)
         exact = best_code_definition(z.double(), codes.double() + far, offset.double(), 2**20)
-        assert torch.equal(kernels.launch_search(z, codes + far, offset), exact)
+        assert torch.equal(gpu.launch_search(z, codes + far, offset), exact)
 
 
 @needs_triton
@@ -101,16 +111,16 @@ def test_the_search_kernel_finds_the_lowest_of_equals(d, K):
     "n, d, K", [(1, 1, 1), (5000, 4, 300), (3000, 16, 64), (4000, 33, 1000), (2000, 64, 257)]
 )
 def test_the_kernel_of_the_whole_lookup_finds_the_nearest(n, d, K):
-    assert kernels.lookup_agrees(d, GPU)
+    assert gpu.lookup_agrees(d, GPU)
     n = math.ceil(n / 10) if REHEARSED else n
     for far in (0.0, 100.0):
         z, codes = (
             torch.randn(m, d, generator=torch.Generator().manual_seed(m)) + far for m in (n, K)
         )
         exact = torch.cdist(z.double(), codes.double(), compute_mode="donot_use_mm_for_euclid_dist")
-        found = exact.gather(
-            1, kernels.launch_lookup(z.to("cuda"), codes.to("cuda")).cpu()[:, None]
-        )[:, 0]
+        found = exact.gather(1, gpu.launch_lookup(z.to("cuda"), codes.to("cuda")).cpu()[:, None])[
+            :, 0
+        ]
         assert (found <= exact.amin(1) * (1 + 1e-5) + 1e-6).all()
 
 
@@ -118,10 +128,10 @@ def test_the_kernel_of_the_whole_lookup_finds_the_nearest(n, d, K):
 @pytest.mark.parametrize("d", [1, 4, 33] if REHEARSED else [1, 4, 33, 256])
 def test_the_kernels_of_sums_and_averages_pass_their_checks(d):
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        assert kernels.sums_agree(d, dtype, GPU)
-    assert kernels.averages_agree(d, GPU) and kernels.gradients_agree(d, GPU)
-    if d <= kernels.LONGEST_LOOKUP:
-        assert kernels.quantize_agrees(d, GPU)
+        assert gpu.sums_agree(d, dtype, GPU)
+    assert gpu.averages_agree(d, GPU) and gpu.gradients_agree(d, GPU)
+    if d <= gpu.LONGEST_LOOKUP:
+        assert gpu.quantize_agrees(d, GPU)
 
 
 @needs_triton
@@ -129,7 +139,7 @@ def test_the_kernels_of_sums_and_averages_pass_their_checks(d):
 def test_a_step_by_either_form_equals_the_cpu(form, monkeypatch):
     """Also many times over: of many programs the last one to finish writes the loss, and takes the
     tickets back."""
-    monkeypatch.setattr(kernels, "faster", lambda *args: form)
+    monkeypatch.setattr(gpu, "faster", lambda *args: form)
     torch.manual_seed(0)
     layers = [VectorQuantizer(16, 50, channel_first=False).to(device) for device in ("cpu", GPU)]
     layers[1].load_state_dict(layers[0].state_dict())
@@ -157,7 +167,7 @@ def test_a_step_by_either_form_equals_the_cpu(form, monkeypatch):
 @pytest.mark.parametrize("d", [1, 4, 33] if REHEARSED else [1, 4, 33, 256])
 def test_groups_far_apart_are_told_apart_by_the_kernel_of_differences(d):
     for dtype in (torch.float32, torch.float64):
-        assert kernels.differences_agree(d, dtype, GPU)
+        assert gpu.differences_agree(d, dtype, GPU)
     places = 1e3 * torch.randn(3, d, generator=torch.Generator().manual_seed(0))
     z, codes = (
         places.repeat_interleave(n, 0)

@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-import rotvq.data as data
+import rotvq.run.data as data
 from helpers import noise
-from rotvq.data import (
+from rotvq.run.data import (
     SAMPLE,
     DataError,
     ImageNet10,
@@ -370,21 +370,21 @@ def test_the_formats_that_are_named_are_read_whatever_the_file_is_called(tmp_pat
 
 
 def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
-    from rotvq import kernels
-    from rotvq.surroundings import cache_folder
+    from rotvq.hardware import gpu
+    from rotvq.layer.surroundings import cache_folder
 
     def nobody(*args, **kwargs):
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.delenv("ROTVQ_CACHE", raising=False)
-    monkeypatch.setattr("rotvq.surroundings.user_cache_path", nobody)
+    monkeypatch.setattr("rotvq.layer.surroundings.user_cache_path", nobody)
     with pytest.raises(DataError, match="Set ROTVQ_CACHE"):
         data.cache_dir()
-    assert kernels.read_choices() == {}
-    kernels.write_choices()  # cannot, and training goes on
+    assert gpu.read_choices() == {}
+    gpu.write_choices()  # cannot, and training goes on
     monkeypatch.setattr(Path, "expanduser", nobody)
     with pytest.raises(DataError, match="~nouser/x has no home folder"):
         imagenet10("~nouser/x")
     monkeypatch.undo()
     monkeypatch.setenv("ROTVQ_CACHE", "~/a")
-    assert data.cache_dir() == cache_folder() == Path.home() / "a" == kernels.known_choices().parent
+    assert data.cache_dir() == cache_folder() == Path.home() / "a" == gpu.known_choices().parent

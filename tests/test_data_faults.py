@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-import rotvq.data as data
+import rotvq.run.data as data
 from helpers import noise, picture_folder
-from rotvq.data import DataError, ImageNet10, Source, decode_all, list_pictures, unpack
+from rotvq.run.data import DataError, ImageNet10, Source, decode_all, list_pictures, unpack
 
 
 @pytest.fixture

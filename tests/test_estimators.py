@@ -188,7 +188,7 @@ def test_blocks_are_seamless(monkeypatch):
     for d in (3, 16):
         z, q, g = draw(d, 1000, d)
         whole = gradient(rotation_trick, z, q, g)
-        monkeypatch.setattr("rotvq.cpu.BLOCK", 64 * d + 1)
+        monkeypatch.setattr("rotvq.hardware.cpu.BLOCK", 64 * d + 1)
         assert_close(gradient(rotation_trick, z, q, g), whole, rtol=1e-6, atol=1e-6)
         monkeypatch.undo()
 

@@ -16,10 +16,10 @@ EXAMPLES = {
     "codebook": "nearest_code",
     "ste": "straight_through",
     "rotation": "rotation_trick",
-    "quantizer": "VectorQuantizer",
-    "model": "VQVAE",
+    "layer.quantizer": "VectorQuantizer",
+    "run.model": "VQVAE",
 }
-MORE = {"residual": ("ResidualVQ", "ProductVQ"), "relatives": ("FSQ", "SimVQ")}
+MORE = {"layer.residual": ("ResidualVQ", "ProductVQ"), "layer.relatives": ("FSQ", "SimVQ")}
 EXAMPLES = [
     *EXAMPLES.items(),
     *((module, name) for module, names in MORE.items() for name in names),
@@ -43,7 +43,9 @@ def test_the_example_of(module, name):
 def test_the_quantizer_that_the_recipe_shows_is_the_one_that_was_measured():
     source = (ROOT / "benchmarks" / "exchange.py").read_text(encoding="utf-8")
     shown = source[source.index("class Quantizer(") : source.index("def signals(")].strip()
-    cells = json.loads((ROOT / "nbs" / "20_tokenizer.ipynb").read_text(encoding="utf-8"))["cells"]
+    cells = json.loads((ROOT / "nbs" / "book" / "20_tokenizer.ipynb").read_text(encoding="utf-8"))[
+        "cells"
+    ]
     text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
     blocks = map(ast.parse, re.findall(r"```python\n(.*?)```", text, re.DOTALL))
     recipe = {ast.dump(node) for block in blocks for node in block.body}

@@ -33,12 +33,12 @@ BROWSER = next(
 TRICKS = {"ste": straight_through, "rotation": rotation_trick, "reflection": reflection_trick}
 CHAPTERS = {
     "index": "rotation",
-    "01_vqvae": "means",
-    "02_ste": "lookup",
-    "03_householder": "mirrors",
-    "04_rotation": "rotation",
-    "05_reflection": "mirror",
-    "06_scaling": "origin",
+    "book/01_vqvae": "means",
+    "book/02_ste": "lookup",
+    "book/03_householder": "mirrors",
+    "book/04_rotation": "rotation",
+    "book/05_reflection": "mirror",
+    "book/06_scaling": "origin",
 }
 needs_browser = pytest.mark.skipif(
     BROWSER is None, reason="no chromium, chromium-browser or google-chrome on PATH"
@@ -156,7 +156,7 @@ def test_formulas_agree_with_the_package(tmp_path):
     )
     assert_close(as_tensor("reflect"), reflect(z, q))
     assert answer["nearest"] == nearest_code(z, as_tensor("codes")).tolist()
-    for chapter, name in (("02_ste", "codes"), ("01_vqvae", "points")):
+    for chapter, name in (("book/02_ste", "codes"), ("book/01_vqvae", "points")):
         cells = json.loads((NBS / f"{chapter}.ipynb").read_text(encoding="utf-8"))["cells"]
         source = "".join(line for cell in cells for line in cell["source"])
         drawn = re.search(

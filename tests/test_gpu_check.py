@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from helpers import ROOT
-from rotvq import kernels
-from rotvq.data import SAMPLE, list_pictures
+from rotvq.hardware import gpu
+from rotvq.run.data import SAMPLE, list_pictures
 
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tools")]
 import gpu_bundle
@@ -22,7 +22,7 @@ import gpu_check
 
 pytestmark = pytest.mark.slow
 
-needs_triton = pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
+needs_triton = pytest.mark.skipif(gpu.triton is None, reason="Triton is not installed")
 
 
 def checked(project: Path, out: Path, *options, **environment) -> subprocess.CompletedProcess:

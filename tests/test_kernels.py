@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from helpers import CPU, ROOT
-from rotvq import kernels
 from rotvq.codebook import best_code_definition, code_sums_definition, lookup_definition
+from rotvq.hardware import gpu
+from rotvq.layer.step import gradient_definition, quantize_definition
 from rotvq.rotation import pullback_definition
-from rotvq.step import gradient_definition, quantize_definition
 
-needs_triton = pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
+needs_triton = pytest.mark.skipif(gpu.triton is None, reason="Triton is not installed")
 
 
 @pytest.mark.slow
@@ -38,7 +38,7 @@ def test_in_the_interpreter():
 @pytest.fixture(scope="module")
 def ahead():
     "benchmarks/ahead_of_time.py"
-    if kernels.triton is None or sys.platform != "linux":
+    if gpu.triton is None or sys.platform != "linux":
         pytest.skip("Triton compiles on Linux")
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import ahead_of_time
@@ -125,9 +125,9 @@ def test_what_counts_as_fused_across_lanes(ahead):
 
 @pytest.fixture
 def forget():
-    kernels.verdicts.clear()
+    gpu.verdicts.clear()
     yield
-    kernels.verdicts.clear()
+    gpu.verdicts.clear()
 
 
 def inputs():
@@ -141,13 +141,13 @@ def test_a_kernel_that_cannot_be_trusted_is_not_used(monkeypatch, forget, fault)
             raise RuntimeError("no compiler\nand more")
         return pullback_definition(*args) * (1 + 3e-5)
 
-    monkeypatch.setattr(kernels, "triton", kernels.triton or object())
-    monkeypatch.setattr(kernels, "launch_pullback", bad)
+    monkeypatch.setattr(gpu, "triton", gpu.triton or object())
+    monkeypatch.setattr(gpu, "launch_pullback", bad)
     args = inputs()
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         for _ in range(3):
-            assert torch.equal(kernels.pullback_on_gpu(*args), pullback_definition(*args))
+            assert torch.equal(gpu.pullback_on_gpu(*args), pullback_definition(*args))
     assert (
         len(seen) == 1
         and "definition" in str(seen[0].message)
@@ -156,13 +156,13 @@ def test_a_kernel_that_cannot_be_trusted_is_not_used(monkeypatch, forget, fault)
 
 
 def test_a_search_that_cannot_be_trusted_is_not_used(monkeypatch, forget):
-    monkeypatch.setattr(kernels, "triton", kernels.triton or object())
+    monkeypatch.setattr(gpu, "triton", gpu.triton or object())
     monkeypatch.setattr(
-        kernels, "launch_search", lambda z, codes, offset: torch.zeros(len(z), dtype=torch.int64)
+        gpu, "launch_search", lambda z, codes, offset: torch.zeros(len(z), dtype=torch.int64)
     )
     z, codes = torch.randn(100, 8), torch.randn(30, 8)
     with pytest.warns(UserWarning, match="search_agrees"):
-        found = kernels.best_code_on_gpu(z, codes, torch.zeros(30), 2**20)
+        found = gpu.best_code_on_gpu(z, codes, torch.zeros(30), 2**20)
     assert torch.equal(found, best_code_definition(z, codes, torch.zeros(30), 2**20))
 
 
@@ -175,19 +175,19 @@ def test_a_search_that_rounds_its_products_is_noticed(monkeypatch, bits):
         return (x / step).round() * step
 
     monkeypatch.setattr(
-        kernels,
+        gpu,
         "launch_search",
         lambda z, codes, offset: best_code_definition(rounded(z), rounded(codes), offset, 2**20),
     )
     for d in (4, 32):
-        assert not kernels.search_agrees(d, "cpu")
+        assert not gpu.search_agrees(d, "cpu")
     monkeypatch.setattr(
-        kernels,
+        gpu,
         "launch_search",
         lambda z, codes, offset: best_code_definition(z, codes, offset, 2**20),
     )
     for d in (1, 4, 32):
-        assert kernels.search_agrees(d, "cpu")
+        assert gpu.search_agrees(d, "cpu")
 
 
 def test_a_kernel_that_fails_at_one_length_only_is_not_used_there(monkeypatch, forget):
@@ -196,31 +196,31 @@ def test_a_kernel_that_fails_at_one_length_only_is_not_used_there(monkeypatch, f
             raise RuntimeError("no such kernel")
         return pullback_definition(g, *rest)
 
-    monkeypatch.setattr(kernels, "triton", kernels.triton or object())
-    monkeypatch.setattr(kernels, "launch_pullback", launch)
-    kernels.pullback_on_gpu(*torch.randn(3, 5, 8), None, False)
+    monkeypatch.setattr(gpu, "triton", gpu.triton or object())
+    monkeypatch.setattr(gpu, "launch_pullback", launch)
+    gpu.pullback_on_gpu(*torch.randn(3, 5, 8), None, False)
     with pytest.warns(UserWarning, match="no such kernel"):
-        kernels.pullback_on_gpu(*torch.randn(3, 5, 7), None, False)
+        gpu.pullback_on_gpu(*torch.randn(3, 5, 7), None, False)
 
 
 def test_nothing_is_checked_while_a_graph_is_captured(monkeypatch, forget):
-    monkeypatch.setattr(kernels, "triton", kernels.triton or object())
-    monkeypatch.setattr(kernels, "launch_pullback", pullback_definition)
+    monkeypatch.setattr(gpu, "triton", gpu.triton or object())
+    monkeypatch.setattr(gpu, "launch_pullback", pullback_definition)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    args = kernels.pullback_agrees, 8, torch.float32, torch.device("cpu")
-    assert not kernels.trusted(*args) and not kernels.verdicts
+    args = gpu.pullback_agrees, 8, torch.float32, torch.device("cpu")
+    assert not gpu.trusted(*args) and not gpu.verdicts
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert kernels.trusted(*args)
+    assert gpu.trusted(*args)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert kernels.trusted(*args)
+    assert gpu.trusted(*args)
 
 
 def test_which_search_is_taken():
     assert (
-        kernels.prefers_kernel(64 * 108, 16, 108)
-        and not kernels.prefers_kernel(64 * 108, 17, 108)
-        and not kernels.prefers_kernel(4096, 16, 108)
+        gpu.prefers_kernel(64 * 108, 16, 108)
+        and not gpu.prefers_kernel(64 * 108, 17, 108)
+        and not gpu.prefers_kernel(4096, 16, 108)
     )
 
 
@@ -228,9 +228,9 @@ def test_which_search_is_taken():
 def unknown(monkeypatch, tmp_path):
     "No form has been timed yet."
     monkeypatch.setenv("ROTVQ_CACHE", str(tmp_path))
-    kernels.choices.clear()
+    gpu.choices.clear()
     yield tmp_path / "gpu.json"
-    kernels.choices.clear()
+    gpu.choices.clear()
 
 
 def forms(calls):
@@ -242,16 +242,16 @@ def forms(calls):
 
 def test_the_faster_form_is_found_once_and_kept_on_disk(unknown):
     calls = []
-    assert kernels.faster("x", forms(calls), CPU) == "fast" and set(calls) == {"slow", "fast"}
+    assert gpu.faster("x", forms(calls), CPU) == "fast" and set(calls) == {"slow", "fast"}
     assert (
         json.loads(unknown.read_text()) == {"x": "fast"}
         and len(list(unknown.parent.iterdir())) == 1
     )
     calls.clear()
-    assert kernels.faster("x", forms(calls), CPU) == "fast" and not calls
-    kernels.choices.clear()  # another process reads it
-    assert kernels.faster("x", forms(calls), CPU) == "fast" and not calls
-    assert kernels.faster("y", forms(calls), CPU) == "fast" and calls
+    assert gpu.faster("x", forms(calls), CPU) == "fast" and not calls
+    gpu.choices.clear()  # another process reads it
+    assert gpu.faster("x", forms(calls), CPU) == "fast" and not calls
+    assert gpu.faster("y", forms(calls), CPU) == "fast" and calls
     assert json.loads(unknown.read_text()) == {"x": "fast", "y": "fast"}
 
 
@@ -259,8 +259,7 @@ def test_the_faster_form_is_found_once_and_kept_on_disk(unknown):
 def test_a_damaged_file_of_choices_is_measured_again(unknown, content):
     unknown.write_text(content)
     assert (
-        kernels.faster("x", forms([]), CPU) == "fast"
-        and json.loads(unknown.read_text())["x"] == "fast"
+        gpu.faster("x", forms([]), CPU) == "fast" and json.loads(unknown.read_text())["x"] == "fast"
     )
 
 
@@ -269,23 +268,23 @@ def test_choices_that_cannot_be_written_hold_for_the_process(unknown, monkeypatc
     monkeypatch.setenv("ROTVQ_CACHE", str(unknown.parent / "a file"))
     calls = []
     for _ in range(2):
-        assert kernels.faster("x", forms(calls), CPU) == "fast"
+        assert gpu.faster("x", forms(calls), CPU) == "fast"
     assert calls.count("fast") == 9
 
 
 def test_nothing_is_timed_where_that_was_turned_off(unknown, monkeypatch):
     calls = []
     monkeypatch.setenv("ROTVQ_MEASURE", "0")
-    assert kernels.faster("x", forms(calls), CPU) == "slow" and not calls  # the first named
+    assert gpu.faster("x", forms(calls), CPU) == "slow" and not calls  # the first named
     monkeypatch.delenv("ROTVQ_MEASURE")
     torch.use_deterministic_algorithms(True)
     try:
-        assert kernels.faster("x", forms(calls), CPU) == "slow" and not calls
+        assert gpu.faster("x", forms(calls), CPU) == "slow" and not calls
     finally:
         torch.use_deterministic_algorithms(False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert (
-        kernels.faster("x", forms(calls), torch.device("cuda")) == "slow"
+        gpu.faster("x", forms(calls), torch.device("cuda")) == "slow"
         and not calls
         and not unknown.exists()
     )
@@ -295,23 +294,23 @@ def test_nothing_is_timed_where_that_was_turned_off(unknown, monkeypatch):
 def test_the_lookup_takes_the_form_that_was_faster(unknown, monkeypatch, forget, choice):
     "Long vectors, a cosine and float64 go in parts and ask nothing."
     launched = []
-    monkeypatch.setattr(kernels, "trusted", lambda *args: True)
+    monkeypatch.setattr(gpu, "trusted", lambda *args: True)
     monkeypatch.setattr(
-        kernels,
+        gpu,
         "launch_lookup",
         lambda z, codes: launched.append(1) or lookup_definition(z, codes, "euclidean", 2**20),
     )
     monkeypatch.setattr(
-        kernels, "faster", lambda question, forms, device: asked.append(question) or choice
+        gpu, "faster", lambda question, forms, device: asked.append(question) or choice
     )
     asked, z, codes = [], torch.randn(70, 8), torch.randn(9, 8)
     exact = torch.cdist(z, codes).argmin(1)
-    assert torch.equal(kernels.lookup_on_gpu(z, codes, "euclidean", 2**20), exact)
+    assert torch.equal(gpu.lookup_on_gpu(z, codes, "euclidean", 2**20), exact)
     assert asked == ["lookup of 128, 8, 16 on a CPU"] and len(launched) == (choice == "one kernel")
-    kernels.lookup_on_gpu(z, codes, "cosine", 2**20)
-    kernels.lookup_on_gpu(z.double(), codes.double(), "euclidean", 2**20)
-    kernels.lookup_on_gpu(z[:0], codes, "euclidean", 2**20)
-    kernels.lookup_on_gpu(torch.randn(5, 65), torch.randn(4, 65), "euclidean", 2**20)
+    gpu.lookup_on_gpu(z, codes, "cosine", 2**20)
+    gpu.lookup_on_gpu(z.double(), codes.double(), "euclidean", 2**20)
+    gpu.lookup_on_gpu(z[:0], codes, "euclidean", 2**20)
+    gpu.lookup_on_gpu(torch.randn(5, 65), torch.randn(4, 65), "euclidean", 2**20)
     assert len(asked) == 1
 
 
@@ -330,12 +329,12 @@ def test_a_step_takes_the_form_that_was_faster(unknown, monkeypatch, forget, cho
             form()
         return choice
 
-    monkeypatch.setattr(kernels, "trusted", lambda *args: True)
-    monkeypatch.setattr(kernels, "launch_quantize", whole)
-    monkeypatch.setattr(kernels, "faster", faster)
+    monkeypatch.setattr(gpu, "trusted", lambda *args: True)
+    monkeypatch.setattr(gpu, "launch_quantize", whole)
+    monkeypatch.setattr(gpu, "faster", faster)
     asked, z, codes = [], torch.randn(70, 8), torch.randn(9, 8)
     sums = torch.zeros(9, 9, dtype=torch.float64)
-    step = lambda z, codes, distance, sums: kernels.quantize_on_gpu(
+    step = lambda z, codes, distance, sums: gpu.quantize_on_gpu(
         z, codes, distance, 2**20, 0.5, sums, None
     )
     indices = step(z, codes, "euclidean", sums)[2]
@@ -357,14 +356,14 @@ def test_a_step_takes_the_form_that_was_faster(unknown, monkeypatch, forget, cho
 
 
 def test_gradients_that_do_not_fit_are_left_to_the_definition(monkeypatch, forget):
-    monkeypatch.setattr(kernels, "launch_gradient", lambda *args: 1 / 0)
-    monkeypatch.setattr(kernels, "trusted", lambda *args: True)
-    for d, dtype in ((kernels.LONGEST + 1, torch.float32), (3, torch.float64)):
+    monkeypatch.setattr(gpu, "launch_gradient", lambda *args: 1 / 0)
+    monkeypatch.setattr(gpu, "trusted", lambda *args: True)
+    for d, dtype in ((gpu.LONGEST + 1, torch.float32), (3, torch.float64)):
         g, z, q = torch.randn(3, 4, d, dtype=dtype)
         args = g, torch.ones((), dtype=dtype), z, q, None, True, False, 0.5
-        assert torch.equal(kernels.gradient_on_gpu(*args), gradient_definition(*args))
+        assert torch.equal(gpu.gradient_on_gpu(*args), gradient_definition(*args))
     with pytest.raises(ZeroDivisionError):
-        kernels.gradient_on_gpu(
+        gpu.gradient_on_gpu(
             *torch.randn(1, 4, 3), torch.ones(()), *torch.randn(2, 4, 3), None, True, False, 0.5
         )
 
@@ -372,20 +371,20 @@ def test_gradients_that_do_not_fit_are_left_to_the_definition(monkeypatch, forge
 def test_sums_and_averages_that_do_not_fit_are_left_to_the_definition(monkeypatch, forget):
     """An order that is asked for; codes in half precision or float64, a cosine, and what does not
     lie in one piece."""
-    monkeypatch.setattr(kernels, "launch_sums", lambda *args: 1 / 0)
-    monkeypatch.setattr(kernels, "launch_average", lambda *args: 1 / 0)
-    monkeypatch.setattr(kernels, "trusted", lambda *args: True)
+    monkeypatch.setattr(gpu, "launch_sums", lambda *args: 1 / 0)
+    monkeypatch.setattr(gpu, "launch_average", lambda *args: 1 / 0)
+    monkeypatch.setattr(gpu, "trusted", lambda *args: True)
     z, indices = torch.randn(20, 3), torch.randint(-1, 5, (20,))
     torch.use_deterministic_algorithms(True)
     try:
-        batch = kernels.sums_on_gpu(z, indices, 5)
+        batch = gpu.sums_on_gpu(z, indices, 5)
     finally:
         torch.use_deterministic_algorithms(False)
     assert torch.equal(batch, code_sums_definition(z, indices, 5))
     counts, idle = torch.ones(5), torch.zeros(5).long()
 
     def step(codes, distance="euclidean"):
-        return kernels.average_on_gpu(
+        return gpu.average_on_gpu(
             codes,
             counts,
             torch.randn(5, 3),
@@ -406,15 +405,15 @@ def test_sums_and_averages_that_do_not_fit_are_left_to_the_definition(monkeypatc
 
 def test_kernels_can_be_turned_off(monkeypatch, forget):
     monkeypatch.setenv("ROTVQ_KERNELS", "0")
-    monkeypatch.setattr(kernels, "launch_pullback", lambda *args: 1 / 0)
-    assert torch.equal(kernels.pullback_on_gpu(*inputs()), pullback_definition(*inputs()))
+    monkeypatch.setattr(gpu, "launch_pullback", lambda *args: 1 / 0)
+    assert torch.equal(gpu.pullback_on_gpu(*inputs()), pullback_definition(*inputs()))
 
 
 def test_rows_that_are_too_long_are_left_to_the_definition(monkeypatch, forget):
-    monkeypatch.setattr(kernels, "launch_pullback", lambda *args: 1 / 0)
-    g, z, q = torch.randn(3, 2, kernels.LONGEST + 1)
+    monkeypatch.setattr(gpu, "launch_pullback", lambda *args: 1 / 0)
+    g, z, q = torch.randn(3, 2, gpu.LONGEST + 1)
     assert torch.equal(
-        kernels.pullback_on_gpu(g, z, q, None, False), pullback_definition(g, z, q, None, False)
+        gpu.pullback_on_gpu(g, z, q, None, False), pullback_definition(g, z, q, None, False)
     )
 
 
@@ -425,8 +424,8 @@ def test_without_triton():
 import sys
 sys.modules["triton"] = None
 import torch, rotvq
-from rotvq import kernels
-assert kernels.triton is None and not kernels.trusted(kernels.search_agrees, 4, "cpu")
+from rotvq.hardware import gpu
+assert gpu.triton is None and not gpu.trusted(gpu.search_agrees, 4, "cpu")
 vq = rotvq.VectorQuantizer(4, 8, channel_first=False)
 z = torch.randn(5, 4, requires_grad=True)
 q, _, loss = vq(z)
@@ -445,7 +444,7 @@ assert z.grad.isfinite().all()
 def test_products_are_not_rounded_on_a_gpu_either(monkeypatch, forget):
     seen = []
     monkeypatch.setattr(
-        kernels,
+        gpu,
         "best_code_definition",
         lambda *args: seen.append(precision()) or best_code_definition(*args),
     )
@@ -455,7 +454,7 @@ def test_products_are_not_rounded_on_a_gpu_either(monkeypatch, forget):
     )
     torch.set_float32_matmul_precision("high")
     try:
-        kernels.best_code_on_gpu(torch.randn(5, 100), torch.randn(4, 100), torch.zeros(4), 2**20)
+        gpu.best_code_on_gpu(torch.randn(5, 100), torch.randn(4, 100), torch.zeros(4), 2**20)
         assert seen == [
             "ieee" if hasattr(torch.backends.cuda.matmul, "fp32_precision") else "highest"
         ]

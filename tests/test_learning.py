@@ -643,7 +643,7 @@ def as_in_0_0_3(state):
 def test_a_model_saved_by_0_0_3_loads(tmp_path):
     from safetensors.torch import load_file, save_file
 
-    from rotvq.model import upgrade_state_dict
+    from rotvq.run.model import upgrade_state_dict
 
     torch.manual_seed(0)
     for options in ({}, {"learnable": True}):

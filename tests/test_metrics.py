@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rotvq.data import SAMPLE, ImageNet10, decode_picture, list_pictures
-from rotvq.metrics import (
+from rotvq.run.data import SAMPLE, ImageNet10, decode_picture, list_pictures
+from rotvq.run.metrics import (
     Judge,
     frechet_distance,
     judge_classes,
@@ -21,7 +21,7 @@ from rotvq.metrics import (
     perceptual,
     psnr,
 )
-from rotvq.training import to_float
+from rotvq.run.training import to_float
 
 
 def pictures(n=8):
@@ -78,7 +78,7 @@ def test_perceptual_is_what_torchmetrics_says_and_survives_without_a_network(cap
 
 def test_perceptual_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torchmetrics.functional.image", None)
-    with pytest.raises(ValueError, match="rotvq.metrics"):
+    with pytest.raises(ValueError, match=r"rotvq\[metrics\]"):
         perceptual(pictures(2), pictures(2))
 
 

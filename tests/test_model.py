@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-import rotvq.model
+import rotvq.run.model
 from helpers import contents
 from rotvq import VQVAE
-from rotvq.model import read_config
+from rotvq.run.model import read_config
 
 
 def saved(folder, **about):
@@ -181,7 +181,9 @@ def test_another_codebook_is_saved_as_it_is(tmp_path):
 def test_a_compiled_model_is_saved_like_one_that_is_not(tmp_path, part):
     model = saved(tmp_path / "plain")
     if part == "all":
-        rotvq.model.save_pretrained(torch.compile(model, backend="eager"), tmp_path / "compiled")
+        rotvq.run.model.save_pretrained(
+            torch.compile(model, backend="eager"), tmp_path / "compiled"
+        )
     else:
         model.encoder = torch.compile(model.encoder, backend="eager")
         model.save_pretrained(tmp_path / "compiled")

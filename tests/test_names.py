@@ -7,7 +7,7 @@ import torch
 import vector_quantize_pytorch as peer
 
 import rotvq
-from rotvq import names
+from rotvq.layer import names
 
 Z = torch.zeros(2, 5, 8)
 OURS = {

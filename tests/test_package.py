@@ -77,7 +77,7 @@ def test_what_the_index_is_told(files):
     page = told.get_payload(decode=True).decode() if told.get_payload() else told["Description"]
     links = re.findall(r"\]\(([^)\s]+)\)", page)
     assert len(links) > 40 and all(re.match("https://|#", link) for link in links)
-    assert "https://rotvq.github.io/rotvq/when.html" in links
+    assert "https://rotvq.github.io/rotvq/run/when.html" in links
     assert "https://raw.githubusercontent.com/rotvq/rotvq/main/nbs/images/effect.png" in links
 
 

@@ -13,11 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from helpers import ROOT, contents, settings
+from helpers import NBS, NOTEBOOKS, PAGES, ROOT, below, contents, place, settings
 
 pytestmark = pytest.mark.slow
-
-NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 
 
 def cells(notebook: Path):
@@ -55,12 +53,14 @@ def nbdev(command: str, place: Path):
 
 def test_export_leaves_no_difference(copy):
     nbdev("nbdev_export", copy)
-    assert contents(copy / "rotvq", "*.py") == contents(ROOT / "rotvq", "*.py"), "run `make export`"
+    made, held = (contents(root / "rotvq", "**/*.py") for root in (copy, ROOT))
+    assert made == held, "run `make export`"
 
 
 def test_clean_leaves_no_difference(copy):
     nbdev("nbdev_clean", copy)
-    assert contents(copy / "nbs", "*.ipynb") == contents(ROOT / "nbs", "*.ipynb"), "run nbdev_clean"
+    cleaned = {place(p): (copy / "nbs" / place(p)).read_bytes() for p in NOTEBOOKS}
+    assert cleaned == {place(p): p.read_bytes() for p in NOTEBOOKS}, "run nbdev_clean"
 
 
 def test_readme_is_the_landing_page():
@@ -109,7 +109,7 @@ def test_solutions_are_folded_and_no_widget_is_stored():
 
 
 def test_links_and_pictures_lead_somewhere():
-    for file in [ROOT / "README.md", *(ROOT / "nbs").glob("*.qmd"), *NOTEBOOKS]:
+    for file in [ROOT / "README.md", *PAGES, *NOTEBOOKS]:
         text = (
             file.read_text(encoding="utf-8")
             if file.suffix != ".ipynb"
@@ -180,7 +180,10 @@ def test_notebooks_begin_alike():
         assert re.search(r"Runs in (\d+ seconds|\d+ minutes?) on two CPU cores", first), (
             notebook.name
         )
-        begins.add(re.sub(r"Runs in \d+ \w+", "", first))
+        *begin, last = first.splitlines()
+        # results/ is beside this folder, or in it
+        assert last == f"    %cd -q rotvq/{notebook.parent.relative_to(ROOT).as_posix()}"
+        begins.add(re.sub(r"Runs in \d+ \w+", "", "\n".join(begin)))
     assert len(begins) == 1
 
 
@@ -200,7 +203,7 @@ def test_works_resolve():
     on the page of the literature."""
     page = (ROOT / "nbs" / "literature.qmd").read_text(encoding="utf-8")
     assert set(works()) == set(re.findall(r"@(\w+)(?=[, ])", page.split("## To cite")[0]))
-    for file in [*NOTEBOOKS, *(ROOT / "nbs").glob("*.qmd")]:
+    for file in [*NOTEBOOKS, *PAGES]:
         text = (
             "\n".join("".join(c["source"]) for c in cells(file) if c["cell_type"] == "markdown")
             if file.suffix == ".ipynb"
@@ -226,11 +229,10 @@ def test_every_notebook_is_in_the_sidebar():
     ]
     listed = [page for entry in site for page in entry.get("contents", [entry])]
     for page in listed:
-        if re.match("[01]", page["href"]):
-            assert page["text"].startswith(f"{int(page['href'][:2])} ")
-    assert sorted(page["href"] for page in listed if "/" not in page["href"]) == sorted(
-        p.name for p in [*NOTEBOOKS, *(ROOT / "nbs").glob("[a-z]*.qmd")]
-    )
+        if number := re.match(r"(?:\w+/)?([012]\d)_", page["href"]):
+            assert page["text"].startswith(f"{int(number[1])} ")
+    pages = {place(p) for p in [*NOTEBOOKS, *PAGES]} - {"404.qmd"}
+    assert sorted(page["href"] for page in listed) == sorted(pages)
     assert (ROOT / "nbs" / "_quarto.yml").is_symlink() and not (ROOT / "_quarto.yml").is_symlink()
 
 
@@ -254,31 +256,64 @@ sys.exit(main(["train", "--preset", "smoke", "--data", "sample", "--out", sys.ar
     assert "no curves.png" in done.stderr and (tmp_path / "run" / "reconstructions.png").exists()
 
 
+# which folders a module may import from; "" is rotvq/ itself, where the book's modules lie
+FLOORS = {
+    "book": {"book"},
+    "layer": {"book", "layer"},
+    "hardware": {"book", "layer", "hardware"},
+    "run": {"book", "layer", "hardware", "run"},
+    "": {"book", "layer", "hardware", "run", ""},
+}
+# what hardware may know of the layer: its operators, and what surrounds them
+OPERATORS = {"layer.step", "layer.learning", "layer.surroundings"}
+
+
+def imported(module: str, node: ast.ImportFrom, known: set[str]) -> list[str]:
+    "Modules of the package that a statement of one of them imports."
+    if not node.level and node.module.split(".")[0] != "rotvq":
+        return []
+    above = ["rotvq", *module.split(".")]
+    base = above[: len(above) - node.level] if node.level else []
+    name = ".".join([*base, *(node.module.split(".") if node.module else [])])
+    name = name.removeprefix("rotvq").removeprefix(".")
+    if name in known:
+        return [name]
+    return [f"{name}.{part.name}".removeprefix(".") for part in node.names]
+
+
 def test_modules_import_only_earlier_chapters():
-    """The staircase: a module imports from chapters before its own; only the command line may draw,
-    and only inside a function. The first four rooms of the machine room lie between the trick (1 to
-    6) and the layer, those on runs and graphs before the training; stacks and relatives of the
-    layer come right after it."""
+    """The staircase: a module imports from chapters before its own, and from the folders below its
+    own; only the command line may draw, and only inside a function. The first four rooms of the
+    machine room lie between the trick (1 to 6) and the layer, those on runs and graphs before the
+    training; stacks and relatives of the layer come right after it."""
     chapter, early = {}, {80: 6, 81: 6, 82: 6, 83: 6, 93: 6, 18: 8, 19: 8, 87: 11, 92: 11}
+    floor = {}
     for notebook in NOTEBOOKS:
         name = re.search(
-            r"#\| default_exp (\w+)",
+            r"#\| default_exp ([\w.]+)",
             "".join("".join(c["source"]) for c in cells(notebook) if c["cell_type"] == "code"),
         )
         number = int(re.match(r"\d*", notebook.stem).group() or 0)
         if name and notebook.stem != "index":
-            chapter[name.group(1)] = number / 100 + early[number] if number in early else number
-    assert set(chapter) == {p.stem for p in (ROOT / "rotvq").glob("[!_]*.py")}
+            module = name.group(1)
+            chapter[module] = number / 100 + early[number] if number in early else number
+            # a notebook's folder is its module's, and the book's modules are the package's own
+            floor[module] = notebook.parent.relative_to(NBS).as_posix().removeprefix(".")
+            assert module.rpartition(".")[0] == floor[module].replace("book", ""), notebook
+    files = [p.relative_to(ROOT / "rotvq") for p in below(ROOT / "rotvq", "[!_]*.py")]
+    assert set(chapter) == {".".join(p.with_suffix("").parts) for p in files}
+    count = 0
     for module, number in chapter.items():
-        for node in ast.parse((ROOT / "rotvq" / f"{module}.py").read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ImportFrom) and (node.level or node.module.startswith("rotvq")):
-                others = (
-                    [node.module.removeprefix("rotvq.")]
-                    if node.module
-                    else [name.name for name in node.names]
-                )
-                for other in others:
+        file = ROOT / "rotvq" / f"{module.replace('.', '/')}.py"
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ImportFrom):
+                for other in imported(module, node, set(chapter)):
                     assert chapter[other] < number, f"{module} imports {other}"
+                    assert floor[other] in FLOORS[floor[module]], f"{module} imports {other}"
+                    if (floor[module], floor[other]) == ("hardware", "layer"):
+                        assert other in OPERATORS, f"{module} imports {other}"
+                    count += 1
+    assert count > 100
 
 
 def test_workflows_run_what_the_makefile_has():
@@ -389,10 +424,10 @@ def test_links_to_works_become_citations():
     )
     for page in (f"<main>{other}</main>", link):
         assert cite(page, known) == page
-    page = offer('<div class="toc-actions"><ul><li>edit</li></ul></div>', "01_a.ipynb")
+    page = offer('<div class="toc-actions"><ul><li>edit</li></ul></div>', "book/01_a.ipynb")
     assert (
         'href="01_a.ipynb" download' in page
-        and "/github/rotvq/rotvq/blob/main/nbs/01_a.ipynb" in page
+        and "/github/rotvq/rotvq/blob/main/nbs/book/01_a.ipynb" in page
         and page.endswith("<li>edit</li></ul></div>")
     )
 
@@ -402,10 +437,13 @@ def test_names_lead_to_the_reference():
     import reference
     from mend_pages import mend
 
-    assert (
-        mend('<a href="https://rotvq.github.io/rotvq/vqvae.html#nearest_code">')
-        == '<a href="reference/codebook.html#nearest_code">'
-    )
+    name = '<a href="https://rotvq.github.io/rotvq/book/vqvae.html#nearest_code">'
+    assert mend(name) == '<a href="reference/codebook.html#nearest_code">'
+    assert mend(name, 2) == '<a href="../../reference/codebook.html#nearest_code">'
+    name = '<a href="https://rotvq.github.io/rotvq/layer/learning.html#learn_after">'
+    assert mend(name) == '<a href="reference/layer/learning.html#learn_after">'
+    script = '<script src="assets/rotvq.js"></script>'
+    assert mend(script) == script and mend(script, 1) == script.replace("assets", "../assets")
     assert mend(f"<pre><code>{'word ' * 20}</code></pre>").startswith(
         '<pre class="sentences" tabindex="0"><code>word'
     )
@@ -420,26 +458,29 @@ def test_names_lead_to_the_reference():
         == '<meta property="og:image" content="https://rotvq.github.io/rotvq/images/effect.png">'
     )
     assert (
-        mend('<a href="https://rotvq.github.io/rotvq/when.html">')
-        == '<a href="https://rotvq.github.io/rotvq/when.html">'
+        mend('<a href="https://rotvq.github.io/rotvq/run/when.html">')
+        == '<a href="https://rotvq.github.io/rotvq/run/when.html">'
     )
     held = {
-        p.name: p.read_text(encoding="utf-8") for p in (ROOT / "nbs" / "reference").glob("*.qmd")
+        p.relative_to(NBS / "reference").as_posix(): p.read_text(encoding="utf-8")
+        for p in below(NBS / "reference", "*.qmd")
     }
     assert held == reference.pages(), "run `make export`"
     listed = re.findall(
         r"href: reference/(\S+)", (ROOT / "_quarto.yml").read_text(encoding="utf-8")
     )
     assert sorted(listed) == sorted(held)
-    assert "(self, z: Tensor, mask: Tensor | None = None) -> Diagnosis" in held["quantizer.qmd"]
     assert (
-        "    size: int = 64\n" in held["training.qmd"]
-        and "    # side of the pictures, pixels\n" in held["training.qmd"]
-        and "@dataclass(frozen=True)\nclass Config" in held["training.qmd"]
+        "(self, z: Tensor, mask: Tensor | None = None) -> Diagnosis" in held["layer/quantizer.qmd"]
+    )
+    assert (
+        "    size: int = 64\n" in held["run/training.qmd"]
+        and "    # side of the pictures, pixels\n" in held["run/training.qmd"]
+        and "@dataclass(frozen=True)\nclass Config" in held["run/training.qmd"]
     )
     for name, text in held.items():
         anchors = re.findall(r"\{#(\S+)\}", text)
         assert len(anchors) == len(set(anchors)), name
-    assert "    *,\n    estimator: str | Estimator" in held["quantizer.qmd"].replace(
+    assert "    *,\n    estimator: str | Estimator" in held["layer/quantizer.qmd"].replace(
         "        ", "    "
     )

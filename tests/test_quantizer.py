@@ -13,9 +13,9 @@ from torch.testing import assert_close
 
 from rotvq import Quantized, VectorQuantizer, learn_after, rotation_trick
 from rotvq.codebook import nearest_code
-from rotvq.convert import convert_state_dict
-from rotvq.distributed import sample_rows
-from rotvq.quantizer import ESTIMATORS
+from rotvq.layer.exchange import convert_state_dict
+from rotvq.layer.processes import sample_rows
+from rotvq.layer.quantizer import ESTIMATORS
 from test_estimators import explicit
 
 OPTIONS = {

@@ -14,8 +14,8 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from rotvq import VectorQuantizer, convert_state_dict, learn_after, rotation_trick, straight_through
-from rotvq.learning import NEVER_CHOSEN, UNUSED_AFTER, rotation_until_used
-from rotvq.quantizer import ESTIMATORS, TITLES, skips, takes_weight
+from rotvq.layer.learning import NEVER_CHOSEN, UNUSED_AFTER, rotation_until_used
+from rotvq.layer.quantizer import ESTIMATORS, TITLES, skips, takes_weight
 from test_estimators import DTYPES, draw, explicit, gradient
 from test_quantizer import state_of
 
@@ -346,7 +346,7 @@ def test_every_list_of_estimators_has_it():
     shape=st.sampled_from([(400,), (400, 3), (400, 2, 2)]),
 )
 def test_the_share_of_samples_is_about_that(seed, share, shape):
-    from rotvq.layout import Rows
+    from rotvq.layer.layout import Rows
 
     rows = Rows.of(
         torch.randn(*shape, 5, generator=torch.Generator().manual_seed(seed)),

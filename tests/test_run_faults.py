@@ -15,13 +15,13 @@ import pytest
 import torch
 
 import rotvq.cli as cli
-import rotvq.data as data
-import rotvq.runs as runs
-import rotvq.training as training
+import rotvq.run.data as data
+import rotvq.run.records as records
+import rotvq.run.training as training
 from helpers import CPU, TINY, lines, losses_become, noise, picture_folder, same_weights
 from rotvq.cli import main
-from rotvq.data import SAMPLE, DataError
-from rotvq.training import PRESETS, Config, Learner, check_config, find_preset, train
+from rotvq.run.data import SAMPLE, DataError
+from rotvq.run.training import PRESETS, Config, Learner, check_config, find_preset, train
 
 RUN = ["train", "--preset", "smoke", "--estimators", "ste", "--limit", "32", "--epochs", "1"]
 
@@ -68,12 +68,12 @@ def step_that(monkeypatch, number: int, act) -> None:
 
 def test_the_dates_of_states_do_not_matter(copy):
     "A clock that went back, states copied from another machine: the furthest is the newest."
-    for file in runs.states_of(copy)[:2]:
+    for file in records.states_of(copy)[:2]:
         file.unlink()
-    for file in runs.states_of(copy):
+    for file in records.states_of(copy):
         os.utime(file, (2e9, 2e9))
     train(TINY, ("ste", "rotation"), SAMPLE, copy, resume=True, quiet=True, save_minutes=0, keep=2)
-    held = [file.name for file in runs.states_of(copy)]
+    held = [file.name for file in records.states_of(copy)]
     assert held == ["00002-0000000.pt", "00001-0000003.pt"]
 
 
@@ -90,7 +90,7 @@ def test_the_dates_of_states_do_not_matter(copy):
     ids=["learner", "optimizer", "codes", "random", "record", "config"],
 )
 def test_a_state_with_other_contents_is_named(copy, capsys, spoil):
-    file = runs.states_of(copy)[0]
+    file = records.states_of(copy)[0]
     state = torch.load(file)
     spoil(state)
     torch.save(state, file)
@@ -116,7 +116,7 @@ def test_a_run_outlives_the_reader_of_its_lines(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().err
     assert said.count("the lines of this run cannot be written any more") == 1
     assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 1
-    assert runs.load_state(tmp_path / "run")["epoch"] == 1
+    assert records.load_state(tmp_path / "run")["epoch"] == 1
 
 
 def test_what_is_printed_of_an_epoch_is_on_disk(tmp_path, monkeypatch):
@@ -126,7 +126,7 @@ def test_what_is_printed_of_an_epoch_is_on_disk(tmp_path, monkeypatch):
     class Watched(io.StringIO):
         def write(self, text):
             if "val MSE" in text:
-                seen.append([file.name for file in runs.states_of(tmp_path / "run")])
+                seen.append([file.name for file in records.states_of(tmp_path / "run")])
             return len(text)
 
     monkeypatch.setattr(sys, "stdout", Watched())
@@ -141,7 +141,7 @@ def test_closed_streams(tmp_path, closed):
     closing = " ".join(f"{number}>&-" for number in closed.split())
     words = " ".join([*RUN, "--data", "sample", "--out", str(tmp_path / "run")])
     done = subprocess.run(["sh", "-c", f"{sys.executable} -m rotvq {words} {closing}"])
-    assert done.returncode == 0 and runs.load_state(tmp_path / "run")["epoch"] == 1
+    assert done.returncode == 0 and records.load_state(tmp_path / "run")["epoch"] == 1
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "cp1251"])
@@ -207,7 +207,7 @@ def test_a_tensorboard_that_cannot_be_imported_ends_nothing(tmp_path, monkeypatc
 def test_damaged_curves_do_not_stop_a_run(copy, text):
     kept = (copy / "steps.jsonl").read_text()
     (copy / "steps.jsonl").write_text(kept[:200] + "\n" + text, encoding="latin-1")
-    runs.states_of(copy)[0].unlink()
+    records.states_of(copy)[0].unlink()
     run = train(TINY, ("ste", "rotation"), SAMPLE, copy, resume=True, quiet=True)
     assert len(run.rows) == 4 and all("step" in row for row in lines(copy / "steps.jsonl"))
 
@@ -221,7 +221,7 @@ def test_curves_that_cannot_be_written_are_said_once(tmp_path, monkeypatch, caps
     assert len(train(TINY, "ste", SAMPLE, tmp_path / "run", quiet=True).rows) == 2
     assert capsys.readouterr().err.count("steps.jsonl cannot be written") == 1
     monkeypatch.undo()
-    runs.states_of(tmp_path / "run")[0].unlink()
+    records.states_of(tmp_path / "run")[0].unlink()
     again = train(TINY, "ste", SAMPLE, tmp_path / "run", resume=True, quiet=True)
     assert len(again.rows) == 2
     assert capsys.readouterr().err.count("steps.jsonl cannot be written") == 1
@@ -230,7 +230,7 @@ def test_curves_that_cannot_be_written_are_said_once(tmp_path, monkeypatch, caps
 # Folders
 
 
-@pytest.mark.parametrize("name", [*runs.RESULTS, "rotation/config.json"])
+@pytest.mark.parametrize("name", [*records.RESULTS, "rotation/config.json"])
 def test_a_new_run_writes_over_nothing(tmp_path, name):
     "A folder of one's own, or a finished run whose states were removed to save room."
     (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -245,7 +245,7 @@ def test_a_new_run_writes_over_nothing(tmp_path, name):
 def test_a_start_that_loses_leaves_the_folder_to_the_other(tmp_path, capsys):
     "Which has written nothing yet but its lock."
     out = tmp_path / "run"
-    with runs.alone_in(out):
+    with records.alone_in(out):
         said = error_of([*RUN, "--data", "sample", "--out", out], capsys)
         assert "Another process is training" in said and (out / ".lock").exists()
     assert list(out.iterdir()) == []
@@ -261,10 +261,10 @@ def test_memory_that_runs_out_is_not_blamed_on_a_state(copy, monkeypatch, words)
     monkeypatch.setattr(Learner, "restore", load)
     with pytest.raises(ValueError, match="Not enough memory for .* pictures"):
         train(TINY, ("ste", "rotation"), SAMPLE, copy, resume=True, quiet=True)
-    monkeypatch.setattr(runs.torch, "load", load)
+    monkeypatch.setattr(records.torch, "load", load)
     with pytest.raises((ValueError, RuntimeError)) as error:
         train(TINY, ("ste", "rotation"), SAMPLE, copy, resume=True, quiet=True)
-    assert "cannot be read" not in str(error.value) and runs.states_of(copy)
+    assert "cannot be read" not in str(error.value) and records.states_of(copy)
 
 
 def test_a_sheet_is_a_png_whatever_it_is_called(tmp_path):
@@ -293,7 +293,7 @@ def test_the_name_of_a_config_stays_inside_of_runs(tmp_path, capsys, name):
 def test_the_record_keeps_no_absolute_path(tmp_path, monkeypatch):
     words = ["/home/me/secret/bin/rotvq", "train", "--data", "/home/me/secret/pictures"]
     words += ["--out=~/secret/run", "C:\\secret\\x", "--lr", "1e-3", "-x=a/b"]
-    assert runs.command_line(words) == "rotvq train --data pictures --out=run x --lr 1e-3 -x=a/b"
+    assert records.command_line(words) == "rotvq train --data pictures --out=run x --lr 1e-3 -x=a/b"
     monkeypatch.setattr(sys, "argv", words)
     pictures = picture_folder(tmp_path / "secret")
     out = tmp_path / "run"
@@ -316,7 +316,7 @@ def test_pictures_may_move(tmp_path, how):
     named.symlink_to(real)
     out = tmp_path / "run"
     train(TINY, "ste", str(named if how == "a link" else real), out, quiet=True)
-    runs.states_of(out)[0].unlink()
+    records.states_of(out)[0].unlink()
     words = ["train", "--resume", "--out", str(out)]
     if how != "a link":
         other = tmp_path / ("other" if how == "renamed" else "deep/er")
@@ -350,7 +350,7 @@ def test_a_picture_that_breaks_while_streaming_costs_itself_only(
     words += ["--data", pictures, "--out", tmp_path / "run"]
     said = error_of(words, capsys)
     assert str(victim) in said and "Then go on with --resume" in said
-    assert runs.states_of(tmp_path / "run")
+    assert records.states_of(tmp_path / "run")
     victim.unlink()
     if remedy == "replaced":
         victim.write_bytes(whole)
@@ -500,19 +500,21 @@ def test_without_a_good_state_nothing_is_said_of_one(tmp_path, monkeypatch):
         train(TINY, "ste", SAMPLE, tmp_path / "a", quiet=True)
     monkeypatch.undo()
     train(TINY, "ste", SAMPLE, tmp_path / "b", quiet=True)
-    runs.states_of(tmp_path / "b")[0].unlink()
+    records.states_of(tmp_path / "b")[0].unlink()
     losses_become(monkeypatch, float("nan"))
     with pytest.raises(FloatingPointError, match="The last good state is .*00001-0000000.pt"):
         train(TINY, "ste", SAMPLE, tmp_path / "b", resume=True, quiet=True)
 
 
 def test_threads_that_wait_for_one_another_are_named_when_it_is_seen(monkeypatch):
-    monkeypatch.setattr(runs.torch, "get_num_threads", lambda: 8)
-    assert "had a processor for 30% of the time" in runs.starved(20, 6)
-    assert "OMP_NUM_THREADS=1" in runs.starved(20, 6)
-    assert runs.starved(20, 19) == "" == runs.starved(5, 1)  # nearly all of it; too early to say
-    monkeypatch.setattr(runs.torch, "get_num_threads", lambda: 1)
-    assert runs.starved(20, 6) == ""  # its fair share
+    monkeypatch.setattr(records.torch, "get_num_threads", lambda: 8)
+    assert "had a processor for 30% of the time" in records.starved(20, 6)
+    assert "OMP_NUM_THREADS=1" in records.starved(20, 6)
+    assert (
+        records.starved(20, 19) == "" == records.starved(5, 1)
+    )  # nearly all of it; too early to say
+    monkeypatch.setattr(records.torch, "get_num_threads", lambda: 1)
+    assert records.starved(20, 6) == ""  # its fair share
 
 
 def test_it_is_said_once_in_a_run(tmp_path, monkeypatch, capsys):
@@ -544,7 +546,7 @@ def test_a_closed_terminal_saves_and_one_that_is_ignored_does_not_matter(
     step_that(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGHUP))
     words = ["train", "--preset", "smoke", "--estimators", "ste", "--data", "sample", "--out"]
     assert main([*words, str(tmp_path / "a")]) == 128 + signal.SIGHUP
-    assert runs.load_state(tmp_path / "a")["step"] == 2
+    assert records.load_state(tmp_path / "a")["step"] == 2
     monkeypatch.undo()
     step_that(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGHUP))
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does

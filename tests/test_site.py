@@ -1,6 +1,7 @@
 """The rendered site, where quarto is on PATH: links, hosts, alternative text, contrast, width, and
 what moves, in Chromium."""
 
+import os
 import re
 import shutil
 from html.parser import HTMLParser
@@ -10,8 +11,9 @@ from urllib.parse import unquote, urlparse
 import pytest
 
 from browser import chromium, served
+from helpers import NBS, NOTEBOOKS, PAGES, ROOT, place
 from test_explorables import BROWSER
-from test_project import NOTEBOOKS, ROOT, cells, copy, nbdev, works  # noqa: F401
+from test_project import cells, copy, nbdev, works  # noqa: F401
 
 pytestmark = [
     pytest.mark.slow,
@@ -52,18 +54,23 @@ class Elements(HTMLParser):
             self.pictures.append(held)
 
 
+def page_of(site: Path, source: Path) -> Path:
+    "nbdev drops the number of a notebook from the name of its page."
+    return site / Path(place(source)).with_name(re.sub(r"^\d+_", "", source.stem) + ".html")
+
+
 def pages(site: Path) -> list[Path]:
-    return sorted(p for p in site.rglob("*.html") if "site_libs" not in p.parts)
+    "Those with content: an old address only leads to a page."
+    found = sorted(p for p in site.rglob("*.html") if "site_libs" not in p.parts)
+    return [p for p in found if "<main" in p.read_text(encoding="utf-8")]
 
 
 def test_every_notebook_has_its_page_and_lies_beside_it(site):
     for notebook in NOTEBOOKS:
-        page = site / (re.sub(r"^\d+_", "", notebook.stem) + ".html")
-        text = page.read_text(encoding="utf-8")
-        assert (site / notebook.name).read_bytes() == notebook.read_bytes()
-        assert (
-            f'href="{notebook.name}" download' in text and f"blob/main/nbs/{notebook.name}" in text
-        )
+        text = page_of(site, notebook).read_text(encoding="utf-8")
+        assert (site / place(notebook)).read_bytes() == notebook.read_bytes()
+        assert f'href="{notebook.name}" download' in text
+        assert f"blob/main/nbs/{place(notebook)}" in text
         assert 'name="description"' in text or notebook.stem == "index"
 
 
@@ -124,7 +131,7 @@ def test_works_are_cited(site):
             "".join(c["source"]) for c in cells(notebook) if c["cell_type"] == "markdown"
         )
         expected = {key for key, address in known.items() if f"]({address})" in text}
-        page = (site / (re.sub(r"^\d+_", "", notebook.stem) + ".html")).read_text(encoding="utf-8")
+        page = page_of(site, notebook).read_text(encoding="utf-8")
         assert (
             set(re.findall(r'data-cites="(\w+)"', page))
             == set(re.findall(r'id="ref-(\w+)"', page))
@@ -194,20 +201,45 @@ def test_nothing_is_wider_than_its_page(site):
                         f"{file.name} at {width}: words of {broken} links in tables may break"
                     )
                 if wide > 0:
-                    found.append(f"{file.name} at {width}: {wide} px")
+                    found.append(f"{file.relative_to(site)} at {width}: {wide} px")
     assert not found, "\n".join(found)
 
 
 def test_the_entry_shows_over_its_citation(site):
     with served(site, PREFIX) as address, chromium() as page:
-        page.goto(address + "rotation.html")
+        page.goto(address + "book/rotation.html")
         page.locator('a[role="doc-biblioref"]').first.hover()
         page.locator(".tippy-box", has_text="Restructuring Vector Quantization").wait_for()
 
 
+def test_old_addresses_lead_to_the_same_place_of_the_new_pages(site):
+    moved = {}
+    for source in [*NOTEBOOKS, *PAGES]:
+        old = re.search(r"aliases: \[/(\S+\.html)\]", source.read_text(encoding="utf-8"))
+        if source.parent not in (NBS, NBS / "reference"):
+            moved[old[1]] = page_of(site, source).relative_to(site).as_posix()
+    assert len(moved) > 50
+    for old, new in moved.items():
+        link = os.path.relpath(new, Path(old).parent)
+        text = (site / old).read_text(encoding="utf-8")
+        assert f'href="{link}"' in text and (site / new).exists(), old
+    with served(site, PREFIX) as address, chromium() as page:
+        for old, place in (
+            ("quantizer.html", "#remember"),
+            ("reference/kernels.html", "#pullback_agrees"),
+        ):
+            page.goto(address + old + place)
+            page.wait_for_url(address + moved[old] + place)
+            assert page.locator(place).count() == 1
+
+
 @pytest.mark.parametrize(
     "name",
-    ["index", "vqvae", "ste", "householder", "rotation", "reflection", "scaling", "playground"],
+    [
+        "index",
+        "playground",
+        *(f"book/{name}" for name in "vqvae ste householder rotation reflection scaling".split()),
+    ],
 )
 def test_figures_move_by_mouse_touch_and_keyboard(site, name):
     state = "JSON.stringify(document.querySelector('.rotvq-explorable').rotvq.state)"

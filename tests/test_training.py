@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-import rotvq.training as training
+import rotvq.run.training as training
 from helpers import CPU, METRICS, TINY
 from rotvq import VQVAE
 from rotvq.codebook import perplexity, usage
-from rotvq.data import SAMPLE, ImageNet10, fetch
-from rotvq.graphs import Replayed
-from rotvq.metrics import psnr
-from rotvq.training import (
+from rotvq.run.data import SAMPLE, ImageNet10, fetch
+from rotvq.run.graphs import Replayed
+from rotvq.run.metrics import psnr
+from rotvq.run.training import (
     PRESETS,
     Config,
     Learner,
@@ -403,7 +403,7 @@ def test_the_rule_and_skip_go_on_bit_for_bit(tmp_path):
 
 def test_streamed_pictures_train_as_held_ones(tmp_path, monkeypatch):
     held = train(TINY, "ste", SAMPLE, tmp_path / "held", quiet=True)
-    monkeypatch.setattr("rotvq.data.LARGE", 0)
+    monkeypatch.setattr("rotvq.run.data.LARGE", 0)
     assert not isinstance(ImageNet10("val", 32, SAMPLE, 8).images, torch.Tensor)
     streamed = train(TINY, "ste", SAMPLE, tmp_path / "streamed", quiet=True)
     assert [row["mse"] for row in held.rows] == [row["mse"] for row in streamed.rows]

@@ -21,8 +21,8 @@ from torch._subclasses.fake_tensor import (
 
 from helpers import ROOT
 from rotvq.codebook import kmeans
-from rotvq.learning import Codebook
-from rotvq.training import PRESETS, Learner, sums_of
+from rotvq.layer.learning import Codebook
+from rotvq.run.training import PRESETS, Learner, sums_of
 
 pytestmark = pytest.mark.slow
 
@@ -128,7 +128,7 @@ def test_a_step_waits_for_nothing_and_stays_on_the_gpu(way, estimator):
 
 @needs_fakes
 def test_the_lookup_stays_in_float32_under_bfloat16(monkeypatch):
-    import rotvq.quantizer as quantizer
+    import rotvq.layer.quantizer as quantizer
 
     seen = []
     real = quantizer.at_once

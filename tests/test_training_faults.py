@@ -16,14 +16,14 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-import rotvq.model as model
-import rotvq.runs as runs
-import rotvq.training as training
+import rotvq.run.model as model
+import rotvq.run.records as records
+import rotvq.run.training as training
 from helpers import TIMES, TINY, lines, losses_become, same_weights
 from rotvq import VQVAE
 from rotvq.cli import main
-from rotvq.data import SAMPLE, ImageNet10, Source
-from rotvq.training import PRESETS, Learner, batches, train
+from rotvq.run.data import SAMPLE, ImageNet10, Source
+from rotvq.run.training import PRESETS, Learner, batches, train
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
@@ -60,7 +60,7 @@ def test_a_run_killed_at_random_moments_ends_as_one_left_alone(tmp_path):
             "-c",
             (
                 "import sys, torch; torch.set_num_threads(1); sys.path.insert(0,"
-                f" {str(Path(__file__).parent)!r}); import killer; from rotvq.training import"
+                f" {str(Path(__file__).parent)!r}); import killer; from rotvq.run.training import"
                 " train\ntrain(killer.CONFIG, killer.ESTIMATORS, 'sample',"
                 f" {str(tmp_path / 'alone')!r}, quiet=True)"
             ),
@@ -75,7 +75,7 @@ def test_a_run_killed_at_random_moments_ends_as_one_left_alone(tmp_path):
     drop = lambda file: [{k: v for k, v in row.items() if k not in TIMES} for row in lines(file)]
     for name in ("metrics.jsonl", "steps.jsonl"):
         assert drop(tmp_path / "killed" / name) == drop(tmp_path / "alone" / name)
-    a, b = (runs.load_state(tmp_path / name)["learners"] for name in ("killed", "alone"))
+    a, b = (records.load_state(tmp_path / name)["learners"] for name in ("killed", "alone"))
     for name in a:
         assert all(
             torch.equal(a[name]["average"][k], b[name]["average"][k]) for k in b[name]["average"]
@@ -106,7 +106,7 @@ def test_asked_to_stop_it_saves_in_the_middle_of_an_epoch(
         ["train", "--preset", "smoke", "--estimators", "ste", "--data", "sample", "--out", str(out)]
     ) == (130 if number == signal.SIGINT else 128 + number)
     assert signal.getsignal(number) == before
-    state = runs.load_state(out)
+    state = records.load_state(out)
     assert (state["epoch"], state["step"]) == (1, 3) and len(calls) == 11
     said = capsys.readouterr().err
     monkeypatch.undo()
@@ -125,14 +125,14 @@ def test_asked_to_stop_it_saves_in_the_middle_of_an_epoch(
 
 def test_states_inside_an_epoch_come_every_few_minutes(tmp_path):
     train(TINY, "ste", SAMPLE, tmp_path / "run", quiet=True, save_minutes=0, keep=4)
-    assert [file.name for file in runs.states_of(tmp_path / "run")] == [
+    assert [file.name for file in records.states_of(tmp_path / "run")] == [
         "00002-0000000.pt",
         "00001-0000003.pt",
         "00001-0000002.pt",
         "00001-0000001.pt",
     ]
     train(TINY, "ste", SAMPLE, tmp_path / "other", quiet=True)
-    assert [file.name for file in runs.states_of(tmp_path / "other")] == [
+    assert [file.name for file in records.states_of(tmp_path / "other")] == [
         "00002-0000000.pt",
         "00001-0000000.pt",
     ]
@@ -153,9 +153,9 @@ def spoil(file: Path, how: str):
     if how == "foreign":
         torch.save({"weights": torch.zeros(3)}, file)
     if how == "future":
-        torch.save({"format": runs.FORMAT + 1, "config": "{}", "rows": "[]"}, file)
+        torch.save({"format": records.FORMAT + 1, "config": "{}", "rows": "[]"}, file)
     if how == "code":
-        torch.save({"format": runs.FORMAT, "config": print}, file)
+        torch.save({"format": records.FORMAT, "config": print}, file)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_a_state_that_cannot_be_read_is_passed_over(tmp_path, capsys, how, words
     train(TINY, "ste", SAMPLE, tmp_path / "whole", quiet=True)
     train(TINY, "ste", SAMPLE, tmp_path / "run", quiet=True, save_minutes=0)
     out = tmp_path / "run"
-    newest, *older = runs.states_of(out)
+    newest, *older = records.states_of(out)
     newest.unlink()
     newest, *older = older
     spoil(newest, how)
@@ -183,7 +183,7 @@ def test_a_state_that_cannot_be_read_is_passed_over(tmp_path, capsys, how, words
     said = capsys.readouterr().err
     assert newest.name in said and words in said and "the one before" in said
     assert same_weights(out, tmp_path / "whole") and len(resumed.rows) == 2
-    for file in runs.states_of(out):
+    for file in records.states_of(out):
         spoil(file, "truncated" if how == "flipped" else how)  # flipped again, a bit is right
     assert main(["train", "--resume", "--out", str(out)]) == 1
     assert "No state in" in capsys.readouterr().err
@@ -192,7 +192,7 @@ def test_a_state_that_cannot_be_read_is_passed_over(tmp_path, capsys, how, words
 def test_the_state_of_another_version_is_refused_with_the_remedy(tmp_path):
     "What rotvq 0.0.3 wrote has the format before this one; the run is left as it was."
     train(TINY, "ste", SAMPLE, tmp_path, quiet=True)
-    for file in runs.states_of(tmp_path):
+    for file in records.states_of(tmp_path):
         torch.save(torch.load(file) | {"format": 2}, file)
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     with pytest.raises(
@@ -247,7 +247,7 @@ def test_a_loss_that_is_no_number_names_its_step_and_keeps_the_batch(tmp_path, m
     assert (held["epoch"], held["step"]) == (1, 1) and torch.equal(
         held["pictures"], next(batches(images, smoke, 0, 1, start=1))
     )
-    assert runs.load_state(tmp_path / "run")["epoch"] == 1
+    assert records.load_state(tmp_path / "run")["epoch"] == 1
     monkeypatch.undo()
     assert len(train("smoke", "ste", SAMPLE, tmp_path / "run", resume=True, quiet=True).rows) == 2
 
@@ -256,7 +256,7 @@ def test_a_state_that_is_due_is_not_written_after_a_loss_that_is_no_number(tmp_p
     losses_become(monkeypatch, float("inf"))
     with pytest.raises(FloatingPointError, match="step 1"):
         train(TINY, "ste", SAMPLE, tmp_path / "run", quiet=True, save_minutes=0)
-    assert not runs.states_of(tmp_path / "run")
+    assert not records.states_of(tmp_path / "run")
 
 
 def test_a_validation_that_is_no_number_is_not_written(tmp_path, monkeypatch):
@@ -271,7 +271,7 @@ def test_a_validation_that_is_no_number_is_not_written(tmp_path, monkeypatch):
     )
     with pytest.raises(FloatingPointError, match="validation after epoch 1"):
         train(TINY, "ste", SAMPLE, tmp_path / "run", quiet=True)
-    assert not (tmp_path / "run" / "model.safetensors").exists() and not runs.states_of(
+    assert not (tmp_path / "run" / "model.safetensors").exists() and not records.states_of(
         tmp_path / "run"
     )
 
@@ -297,17 +297,17 @@ def test_a_gradient_that_is_no_number_is_noticed_before_it_is_saved(tmp_path, mo
     monkeypatch.setattr(Learner, "losses", losses)
     with pytest.raises(FloatingPointError, match="step 3"):
         train("smoke", "ste", SAMPLE, tmp_path / "run", quiet=True, save_minutes=0)
-    assert runs.load_state(tmp_path / "run")["step"] == 2
+    assert records.load_state(tmp_path / "run")["step"] == 2
     assert all(
         value.isfinite().all()
-        for value in runs.load_state(tmp_path / "run")["learners"]["ste"]["model"].values()
+        for value in records.load_state(tmp_path / "run")["learners"]["ste"]["model"].values()
     )
 
 
 def test_a_run_goes_on_with_smaller_micro_batches(tmp_path):
     "What the message about memory says."
     train(TINY, "ste", SAMPLE, tmp_path / "run", quiet=True)
-    runs.states_of(tmp_path / "run")[0].unlink()
+    records.states_of(tmp_path / "run")[0].unlink()
     assert (
         len(
             train(
@@ -334,19 +334,19 @@ def test_other_pictures_of_the_same_name_are_not_the_same_run(tmp_path):
 
 def test_a_damaged_newest_state_does_not_push_out_what_is_written_after_it(tmp_path):
     train(TINY, "ste", SAMPLE, tmp_path / "run", quiet=True, save_minutes=0)
-    newest = runs.states_of(tmp_path / "run")[0]
+    newest = records.states_of(tmp_path / "run")[0]
     newest.write_bytes(b"")
     os.utime(newest, (1, 1))
-    state = runs.load_state(tmp_path / "run")
-    for file in runs.states_of(tmp_path / "run")[1:]:
+    state = records.load_state(tmp_path / "run")
+    for file in records.states_of(tmp_path / "run")[1:]:
         file.unlink()
     record = (
         {key: state[key] for key in ("epoch", "step", "sums", "random", "learners")}
         | {key: json.dumps(state[key]) for key in ("config", "rows")}
         | {"record": state["record"]}
     )
-    written = runs.write_state(tmp_path / "run", record, keep=1)
-    assert written.exists() and runs.load_state(tmp_path / "run")["step"] == state["step"]
+    written = records.write_state(tmp_path / "run", record, keep=1)
+    assert written.exists() and records.load_state(tmp_path / "run")["step"] == state["step"]
 
 
 # What can happen to a folder
@@ -356,7 +356,7 @@ def test_a_damaged_newest_state_does_not_push_out_what_is_written_after_it(tmp_p
 def test_two_runs_do_not_share_a_folder(tmp_path):
     "The second one is told so; a lock whose process was killed holds nobody back."
     code = (
-        "import sys, time; from rotvq.runs import alone_in; from pathlib import Path\n"
+        "import sys, time; from rotvq.run.records import alone_in; from pathlib import Path\n"
         "with alone_in(Path(sys.argv[1])): print('locked', flush=True); time.sleep(60)"
     )
     child = subprocess.Popen(
@@ -442,7 +442,9 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path, capsys, mon
             if name == "metrics.jsonl":
                 (tmp_path / "run" / f".{name}").symlink_to("/dev/full")
             if name == "states":
-                monkeypatch.setattr(runs.torch, "save", lambda state, file: no_space(state, file))
+                monkeypatch.setattr(
+                    records.torch, "save", lambda state, file: no_space(state, file)
+                )
         return real(*args)
 
     def no_space(tensors, file):  # safetensors replaces a link
@@ -461,7 +463,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path, capsys, mon
         and (name in said or name == "states" and "00002-0000000.pt" in said)
     )
     assert not [p for p in (tmp_path / "run").rglob(".*") if p.name != ".lock"]
-    assert runs.load_state(tmp_path / "run")["epoch"] == 1
+    assert records.load_state(tmp_path / "run")["epoch"] == 1
     monkeypatch.undo()
     assert main([*arguments, "--resume"]) == 0  # there is room again
     assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 2
@@ -470,13 +472,13 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path, capsys, mon
 def test_the_fingerprint_of_the_pictures_is_theirs(tmp_path):
     shutil.copytree(SAMPLE.root, tmp_path / "pictures")
     here, there = (
-        runs.data_fingerprint(SAMPLE),
-        runs.data_fingerprint(Source(tmp_path / "pictures", "copy")),
+        records.data_fingerprint(SAMPLE),
+        records.data_fingerprint(Source(tmp_path / "pictures", "copy")),
     )
     assert here == there  # wherever it lies
     picture = next((tmp_path / "pictures" / "val").rglob("*.jpg"))
     picture.write_bytes(picture.read_bytes() + b"x")
-    assert runs.data_fingerprint(Source(tmp_path / "pictures", "copy")) != here
+    assert records.data_fingerprint(Source(tmp_path / "pictures", "copy")) != here
 
 
 def test_a_commit_is_recorded_only_of_the_clone_that_keeps_the_files(tmp_path):
@@ -494,12 +496,12 @@ def test_a_commit_is_recorded_only_of_the_clone_that_keeps_the_files(tmp_path):
     git("init", "-q"), git("add", "."), git("commit", "-qm", "x")
     head = git("rev-parse", "--short=12", "HEAD")
     assert (
-        runs.commit_of(kept) == head
-        and runs.commit_of(inside) is None
-        and runs.commit_of(tmp_path.parent / "nothing") is None
+        records.commit_of(kept) == head
+        and records.commit_of(inside) is None
+        and records.commit_of(tmp_path.parent / "nothing") is None
     )
     (kept / "__init__.py").write_text("1")
-    assert runs.commit_of(kept) == head + "+"
+    assert records.commit_of(kept) == head + "+"
 
 
 @pytest.mark.parametrize("kind", ["a link to nothing", "a file"])
@@ -516,7 +518,7 @@ def test_runs_that_is_no_folder_is_named(tmp_path, kind):
 
 @pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
 def test_files_are_for_whom_the_umask_says(tmp_path, umask, mode):
-    from rotvq.data import decode_all
+    from rotvq.run.data import decode_all
 
     before = os.umask(umask)
     try:

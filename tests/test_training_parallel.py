@@ -17,9 +17,9 @@ from torch.testing import assert_close
 
 import helpers
 from rotvq import VQVAE
-from rotvq.data import SAMPLE
-from rotvq.distributed import from_first, rank_of, world_size
-from rotvq.training import train
+from rotvq.layer.processes import from_first, rank_of, world_size
+from rotvq.run.data import SAMPLE
+from rotvq.run.training import train
 
 pytestmark = pytest.mark.slow
 
@@ -101,8 +101,8 @@ def test_only_the_first_process_writes_and_the_other_can_go_on_alone(folder):
 
 
 def test_a_batch_that_cannot_be_divided_is_refused(monkeypatch):
-    monkeypatch.setattr("rotvq.training.world_size", lambda: 3)
-    from rotvq.training import batches
+    monkeypatch.setattr("rotvq.run.training.world_size", lambda: 3)
+    from rotvq.run.training import batches
 
     with pytest.raises(ValueError, match="16 cannot be divided among 3.*batch = 15"):
         next(batches(torch.zeros(64, 3, 4, 4, dtype=torch.uint8), TINY, 0, 0))
@@ -121,8 +121,9 @@ def test_torchrun_restarts_after_a_fault_and_goes_on(tmp_path):
     script = tmp_path / "faulty.py"
     script.write_text(
         "import os, sys; from pathlib import Path; import torch; torch.set_num_threads(1); import"
-        " rotvq.training as t; from rotvq.cli import main\nstep, calls, mark = t.Learner.step, [],"
-        " Path(sys.argv[1]) / 'died'\ndef once(self, x, lr=None):\n    calls.append(1)\n    if"
+        " rotvq.run.training as t; from rotvq.cli import main\nstep, calls = t.Learner.step, []\n"
+        "mark = Path(sys.argv[1]) / 'died'\n"
+        "def once(self, x, lr=None):\n    calls.append(1)\n    if"
         " len(calls) == 11 and os.environ['RANK'] == '1' and not mark.exists(): mark.touch();"
         " os._exit(3)\n    return step(self, x, lr)\nt.Learner.step = once\nsys.exit(main(['train',"
         " '--preset', 'smoke', '--estimators', 'ste', '--data', 'sample', '--out', sys.argv[1] +"

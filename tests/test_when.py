@@ -8,12 +8,12 @@ import torch
 from torch.testing import assert_close
 
 from helpers import ROOT
-from rotvq.bench import TOY, crops, trial
-from rotvq.model import VQVAE
+from rotvq.run.bench import TOY, crops, trial
+from rotvq.run.model import VQVAE
+from rotvq.run.training import Learner, to_float
+from rotvq.run.when import FSQ, SimVQ, learnable, normalized, quantized_by
+from rotvq.run.why import cloud_of, half_placed
 from rotvq.ste import straight_through
-from rotvq.training import Learner, to_float
-from rotvq.when import FSQ, SimVQ, learnable, normalized, quantized_by
-from rotvq.why import cloud_of, half_placed
 
 pytestmark = pytest.mark.slow
 

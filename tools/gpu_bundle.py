@@ -124,7 +124,7 @@ def archived(files: list[tuple[str, Path | bytes]], archive: Path) -> None:
 
 def byte_for_byte(root: Path, out: Path, most: float) -> str:
     "The files as they are; the name of their folder."
-    from rotvq.data import list_pictures
+    from rotvq.run.data import list_pictures
 
     files = [file for split in ("train", "val") for file in list_pictures(root, split)[0]]
     count = -(
@@ -153,7 +153,7 @@ def reencoded(root: Path, out: Path, most: float, side: int) -> str:
     of their folder says so."""
     from PIL import Image
 
-    from rotvq.data import decode_picture, list_pictures
+    from rotvq.run.data import decode_picture, list_pictures
 
     pictures = [
         (
@@ -190,8 +190,8 @@ def main():
     options.add_argument("--side", type=int, default=128, help="of pictures that are encoded anew")
     options.add_argument("--out", type=Path, default=ROOT / "gpu-bundle")
     args = options.parse_args()
-    from rotvq.data import SAMPLE, imagenet10
-    from rotvq.runs import commit_of, data_fingerprint
+    from rotvq.run.data import SAMPLE, imagenet10
+    from rotvq.run.records import commit_of, data_fingerprint
 
     source = imagenet10(args.data)
     (args.out / "wheels").mkdir(parents=True, exist_ok=True)

@@ -24,19 +24,27 @@ OUTSIDE = re.compile(
     r"|<script[^>]*>\s*define\('jquery'[^<]*</script>\s*",  # for require.js, which is gone
     re.IGNORECASE,
 )
+# a still picture inside the page is no address that a preview could show, and the one of the site
+# lies in no folder of a chapter
+PREVIEW = re.compile(
+    r'(?<=<meta property="og:image" content=")(https://[^"/]+/[^"/]+/)'
+    r'(?:data:[^"]*|\w+/images/[^"]*)(?=")'
+)
 WORDS = {
     ">∥</mo>": ">‖</mo>",
     '<mo accent="true">\u0302</mo>': '<mo accent="true" stretchy="false">^</mo>',
     "<pre><code>": '<pre tabindex="0"><code>',
 }
 ROOT = Path(__file__).resolve().parent.parent
+NBS = ROOT / "nbs"
+ROOT_OF_SITE = "\0"  # until it is known how far above a page it lies
 config = ConfigParser(delimiters=["="])
 config.read(ROOT / "settings.ini", encoding="utf-8")
 REPOSITORY = "github/{user}/{repo}/blob/{branch}".format(**config["DEFAULT"])
 # what nbdev knows of each name: page and anchor, and the file that holds it
 PLACES = dict(
     re.findall(
-        r"\('([\w.]+#[\w.]+)',\s+'rotvq/(\w+)\.py'\)",
+        r"\('([\w./]+#[\w.]+)',\s+'rotvq/([\w/]+)\.py'\)",
         (ROOT / "rotvq" / "_modidx.py").read_text(encoding="utf-8"),
     )
 )
@@ -45,7 +53,7 @@ PLACES = dict(
 def to_reference(link: re.Match) -> str:
     place = link[1]
     return (
-        f'href="reference/{PLACES[place]}.html#{place.partition("#")[2]}"'
+        f'href="{ROOT_OF_SITE}reference/{PLACES[place]}.html#{place.partition("#")[2]}"'
         if place in PLACES
         else link[0]
     )
@@ -62,20 +70,29 @@ def wrapped(output: re.Match) -> str:
     )
 
 
-def mend(html: str) -> str:
+def mend(html: str, depth: int = 0) -> str:
     """`html` without script tags that load require.js or jQuery from another host, or need them;
-    those words and links replaced."""
+    those words and links replaced. `depth`: the folders that its page lies in."""
     for wrong, right in WORDS.items():
         html = html.replace(wrong, right)
     html = re.sub(r'(<pre tabindex="0"><code>)([^<]*)', wrapped, html)
-    html = re.sub(r'href="https://[^"/]+/rotvq/([\w.]+#[\w.]+)"', to_reference, html)
-    # a still picture inside the page is no address that a preview could show
-    html = re.sub(
-        r'(<meta property="og:image" content="https://[^"/]+/[^"/]+/)data:[^"]*"',
-        r'\1images/effect.png"',
-        html,
-    )
+    html = re.sub(r'href="https://[^"/]+/rotvq/([\w./]+#[\w.]+)"', to_reference, html)
+    html = html.replace(ROOT_OF_SITE, "../" * depth)
+    # stored outputs know of no folder
+    html = html.replace('src="assets/', f'src="{"../" * depth}assets/')
+    html = PREVIEW.sub(r"\1images/effect.png", html)
     return OUTSIDE.sub("", html)
+
+
+def lead(html: str) -> str:
+    """The page at an old address, which Quarto makes of `aliases`: it leads to the same place of
+    the new page, and without JavaScript to its beginning."""
+    new = re.search(r'var redirects = {"":"([^"]+)"', html)[1]
+    html = html.replace("location.replace(redirect)", "location.replace(redirect + location.hash)")
+    html = html.replace("<html ", '<html lang="en" ', 1)
+    known = f'<meta http-equiv="refresh" content="1; url={new}"><link rel="canonical" href="{new}">'
+    said = f'<p>This page has moved: <a href="{new}">here</a> it is.</p>'
+    return html.replace("<head>", f"<head>{known}", 1).replace("<body>", f"<body>{said}", 1)
 
 
 def works(literature: str) -> dict[str, tuple[str, str]]:
@@ -113,40 +130,42 @@ def cite(html: str, known: dict[str, tuple[str, str]]) -> str:
 
 
 def offer(html: str, notebook: str) -> str:
-    """`html` with a link to the notebook, which lies beside the page, and one that opens it in
-    Colab."""
+    """`html` with a link to the notebook (its path in nbs/), which lies beside the page, and one
+    that opens it in Colab."""
     colab = f"https://colab.research.google.com/{REPOSITORY}/nbs/{notebook}"
     items = (
         f'<li><a href="{colab}" class="toc-action"><i class="bi bi-play-circle"></i>Open in'
-        f' Colab</a></li><li><a href="{notebook}" download class="toc-action"><i class="bi'
-        ' bi-download"></i>Download notebook</a></li>'
+        f' Colab</a></li><li><a href="{Path(notebook).name}" download class="toc-action"><i'
+        ' class="bi bi-download"></i>Download notebook</a></li>'
     )
     return re.sub(r'(<div class="toc-actions[^>]*><ul>)', rf"\1{items}", html)
 
 
 if __name__ == "__main__":
     pages = [Path(name) for name in os.environ.get("QUARTO_PROJECT_OUTPUT_FILES", "").splitlines()]
+    site = Path(os.environ.get("QUARTO_PROJECT_OUTPUT_DIR", ".")).resolve()
     # nbdev drops the number of a notebook from the name of its page
-    notebooks = {re.sub(r"^\d+_", "", file.stem): file for file in (ROOT / "nbs").glob("*.ipynb")}
+    notebooks = {
+        file.relative_to(NBS).with_name(re.sub(r"^\d+_", "", file.stem) + ".html"): file
+        for file in NBS.rglob("*.ipynb")
+    }
     # also where a single page is rendered, beside the others of an earlier time
-    literature = next(
-        (
-            page.parent / "literature.html"
-            for page in pages
-            if (page.parent / "literature.html").exists()
-        ),
-        None,
-    )
-    known = works(literature.read_text(encoding="utf-8")) if literature else {}
+    literature = site / "literature.html"
+    known = works(literature.read_text(encoding="utf-8")) if literature.exists() else {}
     for page in pages:
         if page.suffix == ".html":
             before = page.read_text(encoding="utf-8")
-            after = mend(before)
-            if page.parent.name != "reference" and page.stem in notebooks:
-                notebook = notebooks[page.stem]
-                after = offer(cite(after, known), notebook.name)
+            place = page.resolve().relative_to(site)
+            after = mend(before, len(place.parts) - 1)
+            if place in notebooks:
+                notebook = notebooks[place]
+                after = offer(cite(after, known), notebook.relative_to(NBS).as_posix())
                 shutil.copy(notebook, page.parent)
             elif page.name != "literature.html":
                 after = cite(after, known)
             if after != before:
                 page.write_text(after, encoding="utf-8")
+    for page in site.rglob("*.html") if "QUARTO_PROJECT_OUTPUT_DIR" in os.environ else ():
+        before = page.read_text(encoding="utf-8")
+        if "var redirects = {" in before and "canonical" not in before:
+            page.write_text(lead(before), encoding="utf-8")

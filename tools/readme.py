@@ -56,9 +56,8 @@ def picture(notebook: dict, label: str) -> bytes:
 
 if __name__ == "__main__":
     text = readme(json.loads((ROOT / "nbs" / "index.ipynb").read_text(encoding="utf-8")))
-    effect = picture(
-        json.loads((ROOT / "nbs" / "15_when.ipynb").read_text(encoding="utf-8")), "fig-rivals"
-    )
+    when = json.loads((ROOT / "nbs" / "run" / "15_when.ipynb").read_text(encoding="utf-8"))
+    effect = picture(when, "fig-rivals")
     file, image = ROOT / "README.md", ROOT / "nbs" / "images" / "effect.png"
     if "--check" in sys.argv:
         differs = file.read_text(encoding="utf-8") != text or image.read_bytes() != effect

@@ -42,9 +42,12 @@ def main() -> int:
         os.environ |= {"ROTVQ_CACHE": f"{place}/cache", "ROTVQ_STATIC": "1"}
         folder = Path(shutil.copytree(NOTEBOOKS, f"{place}/nbs"))
         bad = []
-        for name in sys.argv[1:] or sorted(file.stem for file in NOTEBOOKS.glob("*.ipynb")):
+        files = (file.relative_to(NOTEBOOKS) for file in NOTEBOOKS.rglob("*.ipynb"))
+        all_of = (file for file in files if ".ipynb_checkpoints" not in file.parts)
+        for name in sys.argv[1:] or sorted(file.with_suffix("").as_posix() for file in all_of):
             print(f"==> {name}", flush=True)
-            found = failures(folder / f"{name}.ipynb", folder)
+            notebook = folder / f"{name}.ipynb"
+            found = failures(notebook, notebook.parent)
             print(*found, sep="\n", end="\n" if found else "", flush=True)
             bad += found
     return bool(bad)

@@ -9,11 +9,11 @@ import torch
 import interpreter
 import test_codebook
 import test_estimators
-from rotvq import kernels
 from rotvq.codebook import code_sums_definition, nearest_code
-from rotvq.learning import average_definition
+from rotvq.hardware import gpu
+from rotvq.layer.learning import average_definition
+from rotvq.layer.step import gradient_definition
 from rotvq.rotation import pullback
-from rotvq.step import gradient_definition
 from test_estimators import at_angle, draw, explicit, relative_error
 
 BOUND = 6e-7  # seen: 5.1e-7; float32 rounds by 6e-8
@@ -129,16 +129,16 @@ def test_the_search_finds_the_nearest(d, distance):
 @pytest.mark.parametrize("d", [1, 4, 33, 100])
 def test_the_checks_at_first_use_pass(d):
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        assert kernels.pullback_agrees(d, dtype, "cpu")
+        assert gpu.pullback_agrees(d, dtype, "cpu")
     for dtype in (torch.float32, torch.float64):
-        assert kernels.differences_agree(d, dtype, "cpu")
-    if d <= kernels.LONGEST_SEARCH:
-        assert kernels.search_agrees(d, "cpu")
-    if d <= kernels.LONGEST_LOOKUP:
-        assert kernels.lookup_agrees(d, "cpu") and kernels.quantize_agrees(d, "cpu")
+        assert gpu.differences_agree(d, dtype, "cpu")
+    if d <= gpu.LONGEST_SEARCH:
+        assert gpu.search_agrees(d, "cpu")
+    if d <= gpu.LONGEST_LOOKUP:
+        assert gpu.lookup_agrees(d, "cpu") and gpu.quantize_agrees(d, "cpu")
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        assert kernels.sums_agree(d, dtype, "cpu")
-    assert kernels.averages_agree(d, "cpu") and kernels.gradients_agree(d, "cpu")
+        assert gpu.sums_agree(d, dtype, "cpu")
+    assert gpu.averages_agree(d, "cpu") and gpu.gradients_agree(d, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -150,16 +150,16 @@ def test_the_whole_lookup_in_one_kernel(n, d, K):
     for far in (0.0, 30.0, 1e5):
         z, codes = (torch.randn(m, d, generator=gen) + far for m in (n, K))
         exact = (z[:, None].double() - codes.double()).square().sum(2)
-        found = exact.gather(1, kernels.launch_lookup(z, codes)[:, None])[:, 0]
+        found = exact.gather(1, gpu.launch_lookup(z, codes)[:, None])[:, 0]
         assert (found.sqrt() <= exact.amin(1).sqrt() * (1 + 1e-5) + 1e-6).all()
         if n == 0:
             continue
         z[0], twice = codes[-1], torch.cat([codes, codes])  # equal codes: the first
-        assert kernels.launch_lookup(z, twice)[0] < K
+        assert gpu.launch_lookup(z, twice)[0] < K
     if n > 60:
         codes[0], z[3] = torch.nan, torch.nan
         z[5, 0], z[7] = torch.inf, 3e38
-        found = kernels.launch_lookup(z, codes)
+        found = gpu.launch_lookup(z, codes)
         assert ((found >= 0) & (found < K)).all() and (K == 1 or (found[8:] > 0).all())
 
 
@@ -191,7 +191,7 @@ def test_a_codebook_learns_the_same_by_kernels(decay, K, d):
         )
         versions = [t._version for t in states[1]]
         assert (
-            kernels.launch_average(*states[1], kernels.launch_sums(z, indices, K), decay)
+            gpu.launch_average(*states[1], gpu.launch_sums(z, indices, K), decay)
             == good
             == (step not in (4, 6))
         )
@@ -240,7 +240,7 @@ def test_a_step_in_one_kernel(n, d, K, far):
     exact = torch.cdist(z.double(), codes.double(), compute_mode="donot_use_mm_for_euclid_dist")
     sums, ticket = torch.zeros(K, d + 1, dtype=torch.float64), torch.zeros((), dtype=torch.int32)
     for times in (1, 2):
-        value, q, indices, loss = kernels.launch_quantize(z, codes, 0.25, sums, ticket)
+        value, q, indices, loss = gpu.launch_quantize(z, codes, 0.25, sums, ticket)
         assert (exact.gather(1, indices[:, None])[:, 0] <= exact.amin(1) * (1 + 1e-5) + 1e-5).all()
         assert (
             torch.equal(value, codes[indices])
@@ -250,9 +250,9 @@ def test_a_step_in_one_kernel(n, d, K, far):
         )
         torch.testing.assert_close(loss, 0.25 * (z - q).square().mean())
         torch.testing.assert_close(sums, times * code_sums_definition(z.double(), indices, K))
-    assert torch.equal(kernels.launch_quantize(z, codes, 0.25, None, None)[2], indices)
+    assert torch.equal(gpu.launch_quantize(z, codes, 0.25, None, None)[2], indices)
     z[n // 2, 0] = torch.nan
-    value, _, indices, loss = kernels.launch_quantize(z, codes, 0.25, sums, ticket)
+    value, _, indices, loss = gpu.launch_quantize(z, codes, 0.25, sums, ticket)
     assert loss.isnan() and value.isfinite().all() and sums.isnan().any()
 
 
@@ -270,12 +270,11 @@ def test_both_gradients_in_one_kernel(d, turns, mirror):
             dim=1
         )  # a sum of two, which may nearly cancel
         off = (
-            kernels.launch_gradient(g, g_loss, z, q, weight, turns, mirror, 50.0 * d).double()
-            - right
+            gpu.launch_gradient(g, g_loss, z, q, weight, turns, mirror, 50.0 * d).double() - right
         ).norm(dim=1)
         assert (off <= 2e-6 * size).all()
-    nothing = kernels.launch_gradient(g, 0 * g_loss, z, q, None, turns, mirror, 1.0)
-    assert torch.equal(nothing, kernels.launch_pullback(g, z, q, None, mirror) if turns else g)
+    nothing = gpu.launch_gradient(g, 0 * g_loss, z, q, None, turns, mirror, 1.0)
+    assert torch.equal(nothing, gpu.launch_pullback(g, z, q, None, mirror) if turns else g)
 
 
 @pytest.mark.parametrize("d", [3, 8, 70])
