@@ -119,6 +119,10 @@ def test_what_the_page_says_comes_true(tmp_path):
         plain: seen({estimator, seed}, [1000, 3000]), revival: seen({estimator, seed, revive: 50}, [100, 3000])}));
       for (const [start, steps] of [["kmeans", 100], ["normal", 1000]]) out[start] = [1, 2, 3, 4, 5].map((seed) =>
         ["ste", "rotation"].map((estimator) => seen({estimator, seed, start}, [steps])[steps]));
+      for (const key of ["collapse", "far"]) { const {set, until} = rotvq.presets[key], long = key === "collapse" ? 3000 : until;
+        const options = Object.fromEntries(Object.entries(set).map(([k, v]) => [k, Number.isNaN(Number(v)) ? v : Number(v)]));
+        out[key] = [1, 2, 3, 4, 5].map((seed) => ["ste", "rotation"].map((estimator) => {
+          const both = seen({estimator, seed, ...options}, [until, long]); return [both[until], both[long]]; })); }
       out.mirror = [1, 2, 3].map((seed) => seen({estimator: "reflection", seed}, [1000])[1000].mse);
       out.handed = [1, 2, 3, 4, 5].map((seed) => { const toy = new rotvq.Toy({seed});
         for (let k = 0; k < 3000; k++) { if (k === 1000) toy.options.estimator = "ste"; toy.step(); }
@@ -174,6 +178,23 @@ def test_what_the_page_says_comes_true(tmp_path):
         and min(answer["mirror"]) > 0.1
     )
     assert answer["same"] and not answer["other"]
+    # the gap that the page opens with, early and late; and none far from the origin
+    said = re.search(
+        r"At step 600 it uses (\d+) to (\d+) of 64 codes, .* and the rotation (\d+); .* at step"
+        r" 3,000 it has (\d+) to (\d+) against (\d+) to (\d+)",
+        PAGE,
+    ).groups()
+    counts = [
+        [pair[side][when]["used"] for pair in answer["collapse"]]
+        for when in (0, 1)
+        for side in (0, 1)
+    ]
+    found = [bound for each in counts for bound in (min(each), max(each))]
+    assert found[2] == found[3]  # the same in all five
+    assert [*found[:3], *found[4:]] == list(map(int, said)) and found[1] < 8
+    for straight, rotated in answer["collapse"]:
+        assert all(b["mse"] < a["mse"] for a, b in zip(straight, rotated))
+    assert sum(pair[0][0]["used"] == pair[1][0]["used"] == 1 for pair in answer["far"]) == 4
 
 
 @needs_browser
@@ -186,7 +207,8 @@ def test_controls(tmp_path):
       const later = (frames) => new Promise((done) => { const next = (n) => n ? requestAnimationFrame(() => next(n - 1)) : done(); next(frames); });
       const out = {labels: [...document.querySelectorAll("select, input")].every((x) => x.labels.length || x.getAttribute("aria-label"))};
       const toys = () => root.playground.toys();
-      out.start = toys().map((toy) => toy.steps);
+      await later(5); out.itself = root.playground.playing();                // it starts when it is seen
+      button("Pause").click(); out.until = toys()[0].steps; button("Start again").click(); out.start = toys().map((toy) => toy.steps);
       button("One step").click(); out.one = toys().map((toy) => toy.steps);
       button("Play").click(); out.playing = root.playground.playing(); await later(5);
       button("Pause").click(); out.played = toys()[0].steps; await later(3); out.paused = toys()[0].steps;
@@ -194,7 +216,12 @@ def test_controls(tmp_path):
       const choose = (label, value) => { const select = [...root.querySelectorAll("label")].find((l) => l.firstChild.textContent.trim() === label).querySelector("select");
         select.value = value; select.dispatchEvent(new Event("change")); };
       choose("estimator", "reflection"); out.kept = toys()[0].steps; out.estimator = toys()[0].options.estimator;
-      choose("decay", "0.99"); out.reset = toys()[0].steps; out.decay = toys()[1].options.decay;
+      const pressed = () => [...root.querySelectorAll("[aria-pressed=true]")].map((b) => b.textContent);
+      out.pressed = pressed();
+      choose("decay", "0.8"); out.reset = toys()[0].steps; out.decay = toys()[1].options.decay; out.own = pressed();
+      button("Far from the origin").click(); out.far = [toys()[0].options.shift, toys()[0].options.decay, ...pressed()];
+      button("Collapse").click(); choose("steps a frame", "32"); await later(40);   // it stops at step 600, and goes on when told
+      out.stopped = [toys()[0].steps, root.playground.playing()]; button("Play").click(); await later(5); out.on = toys()[0].steps; button("Pause").click();
       const canvas = root.querySelector("canvas"), pixels = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
       out.drawn = new Set(pixels).size;
       const figure = document.querySelector(".playground-step .rotvq-explorable"), panel = document.querySelector(".playground-step");
@@ -208,6 +235,9 @@ def test_controls(tmp_path):
         BODY,
         SCRIPTS,
     )
+    assert answer["itself"] and answer["until"] > 0 and answer["pressed"] == ["Collapse"]
+    assert answer["own"] == [] and answer["far"] == [3, 0.8, "Far from the origin"]
+    assert answer["stopped"] == [600, False] and answer["on"] > 600
     assert (
         answer["labels"]
         and answer["start"] == [0, 0]
@@ -220,7 +250,7 @@ def test_controls(tmp_path):
         and "straight-through" in answer["said"]
     )
     assert answer["kept"] == answer["played"] and answer["estimator"] == "reflection"
-    assert answer["reset"] == 0 and answer["decay"] == 0.99 and answer["drawn"] > 10
+    assert answer["reset"] == 0 and answer["decay"] == 0.8 and answer["drawn"] > 10
     state = {k: double(v) for k, v in answer["state"].items()}
 
     def gradient(z, gamma=None):

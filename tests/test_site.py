@@ -288,6 +288,8 @@ def test_the_playground_trains_by_mouse_touch_and_keyboard(site):
     with served(site, PREFIX) as address, chromium(has_touch=True) as page:
         page.goto(address + "playground.html", wait_until="networkidle")
         play = page.locator(".playground-training .playground-play")
+        page.wait_for_function(f"{steps}[0] > 0")  # it starts by itself
+        play.click()
         for press in (play.click, play.tap, lambda: (play.focus(), page.keyboard.press("Enter"))):
             before = page.evaluate(steps)
             press()

@@ -20,6 +20,8 @@ def readme(notebook: dict) -> str:
         source = "".join(cell["source"])
         directives = set(re.findall(r"^#\| *(.+?) *$", source, re.MULTILINE))
         if cell["cell_type"] == "markdown":
+            source = re.sub(r"\)\{\.btn[^}]*\} *(?=\[)", ") · ", source)  # buttons of the site
+            source = re.sub(r"\)\{\.btn[^}]*\}", ")", source)
             parts.append(re.sub(r"\]\((?!https?://|#)([^)]+)\)", r"](nbs/\1)", source))
         elif "hide" not in directives:
             code = re.sub(r"^#\|.*\n?", "", source, flags=re.MULTILINE).strip()

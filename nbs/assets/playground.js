@@ -81,7 +81,7 @@
   const through = (grads, values) => grads.map((g, n) => g.map((gi, i) => gi * (1 - values[n][i] ** 2)));
 
   const DEFAULTS = { estimator: "rotation", density: "spiral", start: "short", lookup: "euclidean", decay: 0.8,
-    commitment: 1, lr: 0.01, revive: 0, seed: 1, codes: 64, hidden: 16, batch: 128 };
+    commitment: 1, lr: 0.01, revive: 0, shift: 0, seed: 1, codes: 64, hidden: 16, batch: 128 };
   const STARTS = {
     uniform: (rand, o) => Math.sqrt(6 / (o.codes * 2)) * (2 * rand() - 1),
     short: (rand, o) => (2 * rand() - 1) / o.codes,
@@ -123,11 +123,15 @@
     }
     draw(n) { return Array.from({ length: n }, () => DENSITIES[this.options.density](this.rand)); }
     encode(x) {
-      const z = this.layers[1].forward((this.inner = tanh(this.layers[0].forward(x))));
+      let z = this.layers[1].forward((this.inner = tanh(this.layers[0].forward(x))));
+      if (this.options.shift) z = z.map((v) => add(v, [this.options.shift, this.options.shift]));
       this.before = z;
       return this.options.lookup === "cosine" ? z.map(unit) : z;
     }
-    decode(q) { return this.layers[3].forward((this.outer = tanh(this.layers[2].forward(q)))); }
+    decode(q) {
+      const back = -this.options.shift, from = back ? q.map((v) => add(v, [back, back])) : q;   // the decoder knows of no shift
+      return this.layers[3].forward((this.outer = tanh(this.layers[2].forward(from))));
+    }
 
     step(x = this.draw(this.options.batch)) {
       const { options: o, layers, codebook } = this, n = x.length * 2;
@@ -259,47 +263,57 @@
     set();
   }
 
-  const INK = "#1d2430", FAINT = "#8a93a0";
+  const FAINT = "#8a93a0", UNUSED = "#d0453b";
+  /* `width` by `height` units, at the resolution of the screen; the ink is that of the page, whatever its theme. */
   function surface(canvas, width, height) {
     const dots = window.devicePixelRatio || 1;
-    if (canvas.width !== width * dots) { canvas.width = width * dots; canvas.height = height * dots; }
+    if (canvas.width !== Math.round(width * dots)) { canvas.width = Math.round(width * dots); canvas.height = Math.round(height * dots); }
     const pen = canvas.getContext("2d");
     pen.setTransform(dots, 0, 0, dots, 0, 0);
-    pen.fillStyle = "#fff";
-    pen.fillRect(0, 0, width, height);
-    pen.font = "12px system-ui, sans-serif";
+    pen.clearRect(0, 0, width, height);
+    pen.font = "13px system-ui, sans-serif";
+    pen.ink = getComputedStyle(canvas).color;
     return pen;
   }
-  const PANEL = 230, CHART = 150;
+  const PANEL = 360, SMALL = 200, CHART = 150;
 
-  function drawPlane(canvas, points, limit, marks, color, note) {
-    const pen = surface(canvas, PANEL, PANEL), at = ([x, y]) => [PANEL / 2 + (x / limit) * (PANEL / 2), PANEL / 2 - (y / limit) * (PANEL / 2)];
-    pen.strokeStyle = "#e3e7ec";
+  /* Where marks are drawn: those that lie on one another are laid out round their place, so that a heap looks like one. */
+  function laidOut(places) {
+    const heaps = [];
+    return places.map((at) => {
+      let heap = heaps.find(({ centre }) => norm(add(at, centre, -1)) < 5);
+      if (!heap) heaps.push((heap = { centre: at, count: 0 }));
+      const k = heap.count++, r = 5 * Math.sqrt(k), t = 2.4 * k;
+      return k ? add(heap.centre, [r * Math.cos(t), r * Math.sin(t)]) : at;
+    });
+  }
+  function drawPlane(canvas, side, points, limit, color, alive, unused) {
+    const pen = surface(canvas, side, side), at = ([x, y]) => [side / 2 + (x / limit) * (side / 2), side / 2 - (y / limit) * (side / 2)];
+    pen.strokeStyle = "rgba(128, 128, 128, .35)";
     pen.beginPath();
-    pen.moveTo(0, PANEL / 2); pen.lineTo(PANEL, PANEL / 2); pen.moveTo(PANEL / 2, 0); pen.lineTo(PANEL / 2, PANEL);
+    pen.moveTo(0, side / 2); pen.lineTo(side, side / 2); pen.moveTo(side / 2, 0); pen.lineTo(side / 2, side);
     pen.stroke();
-    const spot = (v, radius, fill) => { const [x, y] = at(v); pen.fillStyle = fill; pen.beginPath(); pen.arc(x, y, radius, 0, 7); pen.fill(); };
-    points.forEach((v) => spot(v, 1.6, color));
-    marks.forEach(({ v, alive }) => {
-      if (alive) return spot(v, 3, INK);
-      const [x, y] = at(v);
-      pen.strokeStyle = "#b3261e";
+    const spot = ([x, y], radius, fill) => { pen.fillStyle = fill; pen.beginPath(); pen.arc(x, y, radius, 0, 7); pen.fill(); };
+    points.forEach((v) => spot(at(v), 1.8, color));
+    pen.strokeStyle = UNUSED;
+    pen.lineWidth = 1.5;
+    laidOut(unused.map(at)).forEach(([x, y]) => {
       pen.beginPath();
       pen.moveTo(x - 3, y - 3); pen.lineTo(x + 3, y + 3); pen.moveTo(x - 3, y + 3); pen.lineTo(x + 3, y - 3);
       pen.stroke();
     });
-    pen.fillStyle = INK;
-    pen.fillText(note, 8, 16);
+    alive.forEach((v) => spot(at(v), side === PANEL ? 4.5 : 2, pen.ink));
+    pen.lineWidth = 1;
   }
   function drawChart(canvas, toys, key, title, log) {
-    const width = 2 * PANEL, pen = surface(canvas, width, CHART), left = 44, bottom = CHART - 22;
+    const width = 460, pen = surface(canvas, width, CHART), left = 44, bottom = CHART - 22;
     const all = toys.flatMap((toy) => toy.history), last = Math.max(100, ...all.map((row) => row.step));
     const value = (row) => (log ? Math.log10(row[key]) : row[key]);
     const low = log ? Math.min(...all.map(value)) : 0, high = log ? Math.max(...all.map(value)) : toys[0].options.codes;
     const x = (step) => left + (step / last) * (width - left - 8), y = (v) => bottom - ((v - low) / (high - low || 1)) * (bottom - 24);
     pen.strokeStyle = FAINT;
     pen.strokeRect(left, 24, width - left - 8, bottom - 24);
-    pen.fillStyle = INK;
+    pen.fillStyle = pen.ink;
     pen.fillText(title, left, 16);
     pen.textAlign = "right";
     [low, high].forEach((v) => pen.fillText(log ? (10 ** v).toPrecision(2) : v, left - 6, y(v) + 4));
@@ -319,42 +333,93 @@
     pen.lineWidth = 1;
   }
 
+  const PLAIN = { density: "spiral", start: "short", lookup: "euclidean", decay: "0.8", commitment: "1", lr: "0.01", revive: "0", shift: "0", seed: "1" };
+  /* What the buttons set: what differs from PLAIN, the two estimators, where to stop, and what is to be seen. */
+  const PRESETS = {
+    collapse: { title: "Collapse", set: { density: "ring", decay: "0.99" }, sides: ["ste", "rotation"], until: 600, speed: 2,
+      says: "Eight heaps of data want eight codes at least, and each model has 64. At step 600 straight-through uses fewer than eight of them, the rotation 14: codebook collapse, and what the trick does about it. (Chosen to show this.)" },
+    rule: { title: "The rule", set: {}, sides: ["ste", "rotation-until-used"], until: 3000, speed: 8,
+      says: "Rotate only while codes lie unused: the codebook fills, then the gradient goes straight." },
+    revive: { title: "Revive", set: { revive: "50" }, sides: ["ste", "rotation"], until: 600, speed: 2,
+      says: "A code that nobody chose in 50 batches is put where a vector is. Both codebooks fill, under either gradient." },
+    far: { title: "Far from the origin", set: { shift: "3" }, sides: ["ste", "rotation"], until: 600, speed: 2,
+      says: "All encoder outputs are moved away from the origin. Seen from there, angles are small, and the rotation is hardly more than straight-through: both use one code." },
+    ahead: { title: "Straight-through ahead", set: { start: "normal" }, sides: ["ste", "rotation"], until: 1000, speed: 4,
+      says: "Codes start at N(0, 1), all around. Both codebooks fill by themselves, and straight-through has the lower error." },
+  };
+
+  /* With `data-hero` only the preset of that name is shown: two panels, their counters and a button. */
   function mountTraining(root) {
-    const settings = { density: "spiral", start: "short", lookup: "euclidean", decay: "0.8", commitment: "1", lr: "0.01", revive: "0", seed: "1" };
-    const sides = ["ste", "rotation"];
-    let toys, playing = false, speed = 2, limits, frame = 0;
+    const hero = root.dataset.hero in PRESETS ? root.dataset.hero : null;
+    let toys, playing = false, away = false, touched = false, speed, until, preset, limits, frame = 0;
+    const settings = { ...PLAIN }, sides = [];
+    const presets = element("div", root, { class: "playground-controls", role: "group", "aria-label": "What to show" });
+    const buttons = Object.fromEntries(Object.entries(PRESETS).map(([key, { title }]) => {
+      const button = element("button", presets, { type: "button" }, title);
+      button.addEventListener("click", () => { touched = true; load(key); toggle(true); });
+      return [key, button];
+    }));
+    const about = element("p", root, { class: "playground-about" });
+    const stage = element("div", root, { class: "playground-stage" });
+    const views = [0, 1].map((side) => {
+      const box = element("div", stage, { class: "playground-model" });
+      const select = hero ? element("output", box, { class: "playground-name" })
+        : choice(box, "estimator", names, "ste", (value) => { touched = true; sides[side] = value; toys[side].options.estimator = value; draw(); });
+      const count = element("p", box, { class: "playground-count" }), latent = element("canvas", box, { role: "img" });
+      return { select, count, latent };
+    });
     const controls = element("div", root, { class: "playground-controls" });
     const play = element("button", controls, { type: "button", class: "playground-play" }, "Play");
     const one = element("button", controls, { type: "button" }, "One step");
     const again = element("button", controls, { type: "button" }, "Start again");
-    choice(controls, "steps a frame", { 1: "1", 2: "2", 8: "8", 32: "32" }, speed, (value) => { speed = Number(value); });
-    const set = (key) => (value) => { settings[key] = value; reset(); };
-    const more = element("div", root, { class: "playground-controls" });
-    choice(more, "data", { spiral: "spiral", ring: "eight heaps", square: "square" }, "spiral", set("density"));
-    choice(more, "codes start", { uniform: "uniform", short: "U(±1/K)", normal: "N(0, 1)", kmeans: "by k-means" }, "short", set("start"));
-    choice(more, "lookup", { euclidean: "Euclidean", cosine: "cosine" }, "euclidean", set("lookup"));
-    choice(more, "decay", { 0.8: "0.8", 0.99: "0.99" }, "0.8", set("decay"));
-    choice(more, "β", { 0.25: "1/4", 1: "1", 4: "4" }, "1", set("commitment"));
-    choice(more, "rate", { 0.003: "0.003", 0.01: "0.01", 0.03: "0.03" }, "0.01", set("lr"));
-    choice(more, "revival", { 0: "off", 50: "after 50 batches" }, "0", set("revive"));
-    choice(more, "seed", { 1: "1", 2: "2", 3: "3", 4: "4", 5: "5" }, "1", set("seed"));
-
-    const stage = element("div", root, { class: "playground-stage" });
-    const views = sides.map((name, side) => {
-      const box = element("div", stage, { class: "playground-model" });
-      choice(box, "estimator", names, name, (value) => { sides[side] = value; toys[side].options.estimator = value; draw(); });
-      const latent = element("canvas", box, { role: "img" }), data = element("canvas", box, { role: "img" });
-      return { latent, data };
-    });
     const used = element("canvas", root, { role: "img", "aria-label": "Codes used, by step, a line for each model", class: "playground-chart" });
     const error = element("canvas", root, { role: "img", "aria-label": "Mean squared error, by step, a line for each model", class: "playground-chart" });
-    const says = element("div", root, { class: "rotvq-says", role: "status" });
+    const says = element("div", root, { class: "rotvq-says playground-says", role: "status" });
+    const details = element("details", root, { class: "playground-more" });
+    element("summary", details, {}, "More");
+    const more = element("div", details, { class: "playground-controls" }), selects = {};
+    const set = (key) => (value) => { touched = true; settings[key] = value; name(null); reset(); };
+    const select = (key, label, options) => { selects[key] = choice(more, label, options, settings[key], set(key)); };
+    const pace = choice(more, "steps a frame", { 1: "1", 2: "2", 4: "4", 8: "8", 32: "32" }, "2", (value) => { speed = Number(value); });
+    select("density", "data", { spiral: "spiral", ring: "eight heaps", square: "square" });
+    select("start", "codes start", { uniform: "uniform", short: "U(±1/K)", normal: "N(0, 1)", kmeans: "by k-means" });
+    select("lookup", "lookup", { euclidean: "Euclidean", cosine: "cosine" });
+    select("decay", "decay", { 0.8: "0.8", 0.99: "0.99" });
+    select("commitment", "β", { 0.25: "1/4", 1: "1", 4: "4" });
+    select("lr", "rate", { 0.003: "0.003", 0.01: "0.01", 0.03: "0.03" });
+    select("revive", "revival", { 0: "off", 50: "after 50 batches" });
+    select("shift", "z moved by", { 0: "nothing", 1: "(1, 1)", 3: "(3, 3)" });
+    select("seed", "seed", { 1: "1", 2: "2", 3: "3", 4: "4", 5: "5" });
+    element("p", details, {}, "Data (grey) and what each model reconstructs of it:");
+    const pairs = element("div", details, { class: "playground-data" });
+    views.forEach((view) => { view.data = element("canvas", pairs, { role: "img" }); });
+    details.addEventListener("toggle", () => draw());
 
+    /* A button that is pressed, and what it shows; none once a setting is changed. */
+    function name(key) {
+      preset = key;
+      for (const k in buttons) buttons[k].setAttribute("aria-pressed", k === key);
+      about.textContent = key ? PRESETS[key].says : "A setting of your own.";
+      until = key ? PRESETS[key].until : Infinity;
+    }
+    function load(key) {
+      Object.assign(settings, PLAIN, PRESETS[key].set);
+      for (const k in selects) selects[k].value = settings[k];
+      PRESETS[key].sides.forEach((estimator, side) => {
+        sides[side] = estimator;
+        views[side].select.value = hero ? names[estimator] : estimator;
+      });
+      speed = PRESETS[key].speed;
+      pace.value = speed;
+      name(key);
+      reset();
+    }
     function reset() {
       const numbers = Object.fromEntries(Object.entries(settings).map(([key, value]) => [key, Number.isNaN(Number(value)) ? value : Number(value)]));
       toys = sides.map((estimator) => new Toy({ ...numbers, estimator }));
       limits = [0, 0];
       frame = 0;
+      if (preset) until = PRESETS[preset].until;
       draw();
     }
     function advance(count) {
@@ -363,18 +428,21 @@
     }
     function draw() {
       toys.forEach((toy, side) => {
-        const { z, y, alive, used: count, size } = toy.seen, color = colors[toy.options.estimator];
-        const reach = 1.15 * Math.max(...z.map(norm), 1e-3);
+        const { z, y, alive, used: count, size } = toy.seen, view = views[side], color = colors[toy.options.estimator];
+        const reach = 1.15 * Math.max(...z.map(norm), 1e-3), unused = toy.codebook.length - count;
         limits[side] = limits[side] ? limits[side] + 0.1 * (reach - limits[side]) : reach;
-        const marks = toy.codebook.map((v, k) => ({ v, alive: alive.has(k) }));
-        drawPlane(views[side].latent, z, limits[side], marks, color, `z and codes; ‖z‖ ${size.toFixed(2)}`);
-        drawPlane(views[side].data, toy.held, 1.9, y.map((v) => ({ v, alive: true })), "#b9c2cd", "data and reconstructions");
-        views[side].latent.setAttribute("aria-label", `Encoder outputs of root mean square length ${size.toFixed(2)}, ${count} codes in use, ${toy.codebook.length - count} not`);
-        views[side].data.setAttribute("aria-label", "Points of the data and their reconstructions");
+        const [seen, rest] = [true, false].map((wanted) => toy.codebook.filter((_, k) => alive.has(k) === wanted));
+        drawPlane(view.latent, PANEL, z, limits[side], color, seen, rest);
+        if (details.open) drawPlane(view.data, SMALL, toy.held, 1.9, "rgba(128, 128, 128, .5)", y, []);
+        view.count.textContent = "";
+        element("b", view.count, {}, String(count));
+        view.count.append(` of ${toy.codebook.length} codes in use` + (hero ? "" : `; error ${toy.seen.mse.toFixed(3)}`));
+        view.latent.setAttribute("aria-label", `Encoder outputs of root mean square length ${size.toFixed(2)}, ${count} codes in use, ${unused} not`);
+        view.data.setAttribute("aria-label", "Points of the data and their reconstructions");
       });
       drawChart(used, toys, "used", "codes used");
       drawChart(error, toys, "mse", "mean squared error (log)", true);
-      if (frame % 30 === 0 || !playing) tell();
+      if (frame % 60 === 0 || !playing) tell();
     }
     function tell() {
       says.textContent = "";
@@ -385,24 +453,40 @@
       });
     }
     function run() {
-      if (!playing) return;
+      if (!playing || away) return;
       frame += 1;
-      advance(speed);
+      advance(Math.min(speed, until - toys[0].steps));
+      if (toys[0].steps >= until) { until = Infinity; return toggle(false); }   // press Play to go on from here
       draw();
       requestAnimationFrame(run);
     }
     function toggle(on) {
+      const begins = on && !playing;
       playing = on;
       play.textContent = on ? "Pause" : "Play";
-      if (on) requestAnimationFrame(run); else draw();
+      if (begins) requestAnimationFrame(run); else if (!on) draw();
     }
-    play.addEventListener("click", () => toggle(!playing));
-    one.addEventListener("click", () => { toggle(false); advance(1); draw(); });
-    again.addEventListener("click", reset);
-    reset();
+    play.addEventListener("click", () => { touched = true; toggle(!playing); });
+    one.addEventListener("click", () => { touched = true; toggle(false); advance(1); draw(); });
+    again.addEventListener("click", () => { touched = true; reset(); });
+    if (hero) [presets, about, one, used, error, says, details].forEach((part) => { part.hidden = true; });
+    load(hero || "collapse");
     root.playground = { toys: () => toys, playing: () => playing };
+
+    /* It starts by itself when it is seen, and rests while it is not. Who wants less motion gets the end at once. */
+    const calm = window.matchMedia("(prefers-reduced-motion: reduce)").matches;
+    new IntersectionObserver(([{ isIntersecting }]) => {
+      away = !isIntersecting;
+      if (away) return;
+      if (playing) return void requestAnimationFrame(run);
+      if (touched) return;
+      touched = true;
+      if (calm) { advance(until); until = Infinity; draw(); } else toggle(true);
+    }, { threshold: 0.25 }).observe(stage);
+    new MutationObserver(draw).observe(document.body, { attributes: true, attributeFilter: ["class"] });   // the theme
   }
 
+  window.rotvq.presets = PRESETS;
   window.rotvq.Toy = Toy;
   window.rotvq.densities = DENSITIES;
   const mountAll = () => {
