@@ -213,6 +213,16 @@ def test_works_resolve():
             assert address in works().values(), f"{file.name}: {address}"
 
 
+def test_every_page_says_what_it_is_about():
+    "A title, and a sentence for those who find it by searching."
+    for page in PAGES:
+        head = yaml.safe_load(page.read_text(encoding="utf-8").split("---")[1])
+        assert head["title"] and 30 < len(head["description"]) < 160, place(page)
+    for notebook in NOTEBOOKS:
+        first = next(c for c in cells(notebook) if c["cell_type"] == "markdown")
+        assert re.match(r"# .+\n\n> .{20,}", "".join(first["source"])), place(notebook)
+
+
 def test_no_notebook_replaces_an_operator_of_the_package():
     """An operator that is defined again under its name leaves the first one dangling, and the
     process may crash."""

@@ -13,6 +13,7 @@ from measure import named
 RESULTS = ROOT / "nbs" / "results"
 INTRO = """---
 title: "Benchmarks"
+description: "What the estimators, the layer and a training step take beside others, measured side by side, on a CPU and on a GPU."
 ---
 
 <!-- Made by tools/benchmarks_page.py from nbs/results/; edit there. -->
