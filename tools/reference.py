@@ -137,13 +137,46 @@ def page(module: Path) -> str:
     )
 
 
+HEADINGS = {
+    "": "The trick, and what lies on top",
+    "layer": "The layer",
+    "hardware": "Hardware",
+    "run": "Pictures, model and training",
+}
+
+
+def index(modules: list[Path]) -> str:
+    "All modules, with a line each, by folder."
+    parts = []
+    for folder, heading in HEADINGS.items():
+        lines = []
+        for module in modules:
+            name = named(module)
+            if name.rpartition(".")[0] == folder:
+                about = ast.get_docstring(ast.parse(module.read_text(encoding="utf-8"))) or ""
+                lines.append(f"- [`rotvq.{name}`]({name.replace('.', '/')}.qmd): {about}")
+        parts.append(f"## {heading}\n\n" + "\n".join(lines))
+    return (
+        '---\ntitle: "Reference"\ndescription: "Signatures and docstrings of every module of the'
+        ' package."\n---\n\n<!-- Made from the source by `make export`. -->\n\nWhat most users need'
+        " can be imported from `rotvq` itself:"
+        " [`VectorQuantizer`](layer/quantizer.qmd#vectorquantizer),"
+        " [`learn_after`](layer/learning.qmd#learn_after),"
+        " [`rotation_trick`](rotation.qmd#rotation_trick),"
+        " [`ResidualVQ`](layer/residual.qmd#residualvq), [`VQVAE`](run/model.qmd#vqvae).\n\n"
+        + "\n\n".join(parts)
+        + "\n"
+    )
+
+
 def pages() -> dict[str, str]:
     modules = [
         m
         for m in sorted((ROOT / "rotvq").rglob("[!_]*.py"))
         if CHAPTER.search(m.read_text(encoding="utf-8"))
     ]
-    return {f"{named(m).replace('.', '/')}.qmd": page(m) for m in modules}
+    made = {f"{named(m).replace('.', '/')}.qmd": page(m) for m in modules}
+    return {"index.qmd": index(modules)} | made
 
 
 if __name__ == "__main__":
