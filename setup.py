@@ -21,7 +21,7 @@ def absolute(link: re.Match) -> str:
     if page:
         target = f"{site}/{page[1]}{page[2]}.html"
     else:
-        target = f"{raw if file.endswith('.png') else source + '/blob'}/{cfg['branch']}/{file}"
+        target = f"{raw if file.endswith(('.png', '.webp')) else source + '/blob'}/{cfg['branch']}/{file}"
     return f"]({target}{'#' + place if place else ''})"
 
 

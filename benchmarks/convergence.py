@@ -20,6 +20,7 @@ import math
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from measure import machine, named
 from rotvq.cli import in_full
@@ -91,7 +92,11 @@ def draw(folder: Path, size: int = 128) -> None:
         rows = {
             title_of(name): VQVAE.from_pretrained(folder / name)(x).x_hat for name in ESTIMATORS
         }
-    save_rows({"original": x} | rows, ROOT / "nbs" / "images" / "reconstructions.png")
+    sheet = folder / "photographs.png"
+    save_rows({"original": x} | rows, sheet)
+    # a sixth of the bytes, for a page that is to open at once
+    small = ROOT / "nbs" / "images" / "reconstructions.webp"
+    Image.open(sheet).save(small, quality=90, method=6)
 
 
 def epochs_of(folder: Path) -> float:

@@ -1,5 +1,5 @@
 """After `quarto render`: take from the pages what asks an outside host for something, and mend what
-is wrong in all of them.
+is wrong in all of them; and pictures wait until they are near.
 
 Quarto adds require.js and jQuery from an outside host to pages with HTML outputs, and a line that
 needs them; inline scripts of such outputs run without. Pandoc writes the double bar of a norm as
@@ -81,6 +81,7 @@ def mend(html: str, depth: int = 0) -> str:
     # stored outputs know of no folder
     html = html.replace('src="assets/', f'src="{"../" * depth}assets/')
     html = PREVIEW.sub(r"\1images/effect.png", html)
+    html = re.sub(r"<img (?![^>]*\bloading=)", '<img loading="lazy" ', html)
     return OUTSIDE.sub("", html)
 
 
