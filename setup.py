@@ -21,7 +21,8 @@ def absolute(link: re.Match) -> str:
     if page:
         target = f"{site}/{page[1]}{page[2]}.html"
     else:
-        target = f"{raw if file.endswith(('.png', '.webp')) else source + '/blob'}/{cfg['branch']}/{file}"
+        place_of = raw if file.endswith((".png", ".webp")) else f"{source}/blob"
+        target = f"{place_of}/{cfg['branch']}/{file}"
     return f"]({target}{'#' + place if place else ''})"
 
 
