@@ -117,8 +117,8 @@ def test_what_the_page_says_comes_true(tmp_path):
       const out = {};
       for (const estimator of ["ste", "rotation"]) out[estimator] = [1, 2, 3, 4, 5].map((seed) => ({
         plain: seen({estimator, seed}, [1000, 3000]), revival: seen({estimator, seed, revive: 50}, [100, 3000])}));
-      for (const [start, steps] of [["kmeans", 100], ["normal", 1000]]) out[start] = [1, 2, 3, 4, 5].map((seed) =>
-        ["ste", "rotation"].map((estimator) => seen({estimator, seed, start}, [steps])[steps]));
+      for (const [start, ...steps] of [["kmeans", 100, 200], ["normal", 1000]]) out[start] = steps.flatMap((step) => [1, 2, 3, 4, 5].map((seed) =>
+        ["ste", "rotation"].map((estimator) => seen({estimator, seed, start}, [step])[step])));
       for (const key of ["collapse", "far"]) { const {set, until} = rotvq.presets[key], long = key === "collapse" ? 3000 : until;
         const options = Object.fromEntries(Object.entries(set).map(([k, v]) => [k, Number.isNaN(Number(v)) ? v : Number(v)]));
         out[key] = [1, 2, 3, 4, 5].map((seed) => ["ste", "rotation"].map((estimator) => {
@@ -171,7 +171,8 @@ def test_what_the_page_says_comes_true(tmp_path):
         for run in rule
     )
     assert all(run["mse"] < mse for run, mse in zip(rule, straight))
-    assert sum(rotation["mse"] < ste["mse"] for ste, rotation in answer["kmeans"]) >= 4
+    assert all(run["used"][0] < count for run, count in zip(rule, rotation))
+    assert sum(rotation["mse"] < ste["mse"] for ste, rotation in answer["kmeans"]) >= 9
     assert sum(ste["mse"] < rotation["mse"] for ste, rotation in answer["normal"]) >= 4
     assert (
         min(model["used"] for pair in answer["normal"] for model in pair) > 55
@@ -190,8 +191,10 @@ def test_what_the_page_says_comes_true(tmp_path):
         for side in (0, 1)
     ]
     found = [bound for each in counts for bound in (min(each), max(each))]
-    assert found[2] == found[3]  # the same in all five
-    assert [*found[:3], *found[4:]] == list(map(int, said)) and found[1] < 8
+    said = [*said[:3], *said[2:]]  # one number for the rotation at step 600
+    # browsers round sines in their own ways
+    assert all(abs(count - int(number)) <= 2 for count, number in zip(found, said, strict=True))
+    assert found[1] < 8 < found[2] and found[5] < found[6]
     for straight, rotated in answer["collapse"]:
         assert all(b["mse"] < a["mse"] for a, b in zip(straight, rotated))
     assert sum(pair[0][0]["used"] == pair[1][0]["used"] == 1 for pair in answer["far"]) == 4
@@ -217,7 +220,10 @@ def test_controls(tmp_path):
         select.value = value; select.dispatchEvent(new Event("change")); };
       choose("estimator", "reflection"); out.kept = toys()[0].steps; out.estimator = toys()[0].options.estimator;
       const pressed = () => [...root.querySelectorAll("[aria-pressed=true]")].map((b) => b.textContent);
-      out.pressed = pressed();
+      out.pressed = pressed();                                                // none: an estimator was changed
+      button("Play").click(); button("Pause").click(); button("Play").click(); const from = toys()[0].steps; let frames = 0;
+      await new Promise((done) => { const next = () => { frames += 1; frames < 20 ? requestAnimationFrame(next) : done(); }; requestAnimationFrame(next); });
+      out.pace = (toys()[0].steps - from) / frames; button("Pause").click();      // one loop, whatever was pressed
       choose("decay", "0.8"); out.reset = toys()[0].steps; out.decay = toys()[1].options.decay; out.own = pressed();
       button("Far from the origin").click(); out.far = [toys()[0].options.shift, toys()[0].options.decay, ...pressed()];
       button("Collapse").click(); choose("steps a frame", "32"); await later(40);   // it stops at step 600, and goes on when told
@@ -235,7 +241,7 @@ def test_controls(tmp_path):
         BODY,
         SCRIPTS,
     )
-    assert answer["itself"] and answer["until"] > 0 and answer["pressed"] == ["Collapse"]
+    assert answer["itself"] and answer["until"] > 0 and answer["pressed"] == []
     assert answer["own"] == [] and answer["far"] == [3, 0.8, "Far from the origin"]
     assert answer["stopped"] == [600, False] and answer["on"] > 600
     assert (
@@ -249,6 +255,7 @@ def test_controls(tmp_path):
         and answer["paused"] == answer["played"]
         and "straight-through" in answer["said"]
     )
+    assert answer["pace"] < 3  # two steps a frame
     assert answer["kept"] == answer["played"] and answer["estimator"] == "reflection"
     assert answer["reset"] == 0 and answer["decay"] == 0.8 and answer["drawn"] > 10
     state = {k: double(v) for k, v in answer["state"].items()}
@@ -266,3 +273,29 @@ def test_controls(tmp_path):
     assert answer["ste"] == answer["state"]["g"]
     for name, value in answer["state"].items():
         assert_close(double(answer["back"][name]), double(value))
+
+
+@needs_browser
+def test_the_landing_page_opens_with_a_collapse(tmp_path):
+    "Two panels of the same setting, without controls; it starts, and stops, by itself."
+    held = json.loads((NBS / "index.ipynb").read_text(encoding="utf-8"))["cells"]
+    outputs = [o for c in held for o in c.get("outputs", []) if "text/html" in o.get("data", {})]
+    (page,) = (html for o in outputs if "data-hero" in (html := "".join(o["data"]["text/html"])))
+    answer = in_browser(
+        tmp_path,
+        """
+      window.requestAnimationFrame = (act) => setTimeout(act, 16);
+      const root = document.querySelector("[data-hero]"), toys = root.playground.toys;
+      const seen = (part) => part.getClientRects().length > 0;
+      for (let k = 0; k < 400 && !(toys()[0].steps >= 600); k++) await new Promise((done) => setTimeout(done, 20));
+      return {steps: toys().map((toy) => toy.steps), used: toys().map((toy) => toy.seen.used), playing: root.playground.playing(),
+        buttons: [...root.querySelectorAll("button")].filter(seen).map((b) => b.textContent), selects: [...root.querySelectorAll("select")].filter(seen).length,
+        names: [...root.querySelectorAll("output")].map((o) => o.textContent), canvases: [...root.querySelectorAll("canvas")].filter(seen).length,
+        labels: [...root.querySelectorAll("canvas")].filter(seen).every((c) => c.getAttribute("aria-label"))};""",
+        page,
+        SCRIPTS,
+    )
+    assert answer["steps"] == [600, 600] and not answer["playing"] and answer["labels"]
+    assert answer["used"][0] < 8 < answer["used"][1]
+    assert answer["buttons"] == ["Play", "Start again"] and answer["selects"] == 0
+    assert answer["names"] == ["straight-through", "rotation"] and answer["canvases"] == 2

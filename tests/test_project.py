@@ -453,6 +453,11 @@ def test_names_lead_to_the_reference():
     name = '<a href="https://rotvq.github.io/rotvq/layer/learning.html#learn_after">'
     assert mend(name) == '<a href="reference/layer/learning.html#learn_after">'
     script = '<script src="assets/rotvq.js"></script>'
+    preview = (
+        '<meta property="og:image" content="https://rotvq.github.io/rotvq/{}images/effect.png">'
+    )
+    for folder in ("", "book/", "reference/layer/"):
+        assert mend(preview.format(folder)) == preview.format("")
     assert mend('<img src="a.png">') == '<img loading="lazy" src="a.png">'
     assert mend(script) == script and mend(script, 1) == script.replace("assets", "../assets")
     assert mend(f"<pre><code>{'word ' * 20}</code></pre>").startswith(

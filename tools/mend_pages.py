@@ -28,7 +28,7 @@ OUTSIDE = re.compile(
 # lies in no folder of a chapter
 PREVIEW = re.compile(
     r'(?<=<meta property="og:image" content=")(https://[^"/]+/[^"/]+/)'
-    r'(?:data:[^"]*|\w+/images/[^"]*)(?=")'
+    r'(?:data:[^"]*|(?:\w+/)+images/[^"]*)(?=")'
 )
 WORDS = {
     ">∥</mo>": ">‖</mo>",

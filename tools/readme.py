@@ -7,9 +7,17 @@ import base64
 import json
 import re
 import sys
+from configparser import ConfigParser
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def site() -> str:
+    "Where the site is published."
+    config = ConfigParser(delimiters=["="])
+    config.read(ROOT / "settings.ini", encoding="utf-8")
+    return config["DEFAULT"]["doc_host"] + config["DEFAULT"]["doc_baseurl"]
 
 
 def readme(notebook: dict) -> str:
@@ -22,6 +30,7 @@ def readme(notebook: dict) -> str:
         if cell["cell_type"] == "markdown":
             source = re.sub(r"\)\{\.btn[^}]*\} *(?=\[)", ") · ", source)  # buttons of the site
             source = re.sub(r"\)\{\.btn[^}]*\}", ")", source)
+            source = source.replace("](playground.qmd)", f"]({site()}/playground.html)")  # it moves
             parts.append(re.sub(r"\]\((?!https?://|#)([^)]+)\)", r"](nbs/\1)", source))
         elif "hide" not in directives:
             code = re.sub(r"^#\|.*\n?", "", source, flags=re.MULTILINE).strip()

@@ -1,7 +1,7 @@
 """Executes every code cell of the notebooks twice in a row, as a reader does who changes one and
 goes back: nothing may fail.
 
-    python tools/twice.py [CHAPTER ...]             (make test-twice)
+    python tools/twice.py [book/01_vqvae ...]             (make test-twice)
 
 On the bundled sample, in a copy of the notebooks.
 """

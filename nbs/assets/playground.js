@@ -264,7 +264,7 @@
   }
 
   const FAINT = "#8a93a0", UNUSED = "#d0453b";
-  /* `width` by `height` units, at the resolution of the screen; the ink is that of the page, whatever its theme. */
+  /* `width` by `height` units, at the resolution of the screen; the ink is that of the theme (whose sheet may load after its class). */
   function surface(canvas, width, height) {
     const dots = window.devicePixelRatio || 1;
     if (canvas.width !== Math.round(width * dots)) { canvas.width = Math.round(width * dots); canvas.height = Math.round(height * dots); }
@@ -272,7 +272,7 @@
     pen.setTransform(dots, 0, 0, dots, 0, 0);
     pen.clearRect(0, 0, width, height);
     pen.font = "13px system-ui, sans-serif";
-    pen.ink = getComputedStyle(canvas).color;
+    pen.ink = document.body.classList.contains("quarto-dark") ? "#e6e9ee" : "#1d2430";
     return pen;
   }
   const PANEL = 360, SMALL = 200, CHART = 150;
@@ -323,7 +323,8 @@
     toys.forEach((toy, side) => toy.history.slice(1).forEach((row, i) => {
       const before = toy.history[i];
       pen.strokeStyle = colors[row.estimator];
-      pen.setLineDash(side && toys[0].options.estimator === toy.options.estimator ? [3, 3] : []);
+      const other = side ? toys[0].history[i + 1] : null;
+      pen.setLineDash(other && other.estimator === row.estimator ? [3, 3] : []);
       pen.beginPath();
       pen.moveTo(x(before.step), y(value(before)));
       pen.lineTo(x(row.step), y(value(row)));
@@ -351,12 +352,14 @@
   /* With `data-hero` only the preset of that name is shown: two panels, their counters and a button. */
   function mountTraining(root) {
     const hero = root.dataset.hero in PRESETS ? root.dataset.hero : null;
-    let toys, playing = false, away = false, touched = false, speed, until, preset, limits, frame = 0;
+    root.textContent = "";
+    const calm = window.matchMedia("(prefers-reduced-motion: reduce)").matches;
+    let toys, playing = false, away = false, touched = false, waiting = false, speed, until, preset, limits, frame = 0;
     const settings = { ...PLAIN }, sides = [];
     const presets = element("div", root, { class: "playground-controls", role: "group", "aria-label": "What to show" });
     const buttons = Object.fromEntries(Object.entries(PRESETS).map(([key, { title }]) => {
       const button = element("button", presets, { type: "button" }, title);
-      button.addEventListener("click", () => { touched = true; load(key); toggle(true); });
+      button.addEventListener("click", () => { touched = true; load(key); begin(); });
       return [key, button];
     }));
     const about = element("p", root, { class: "playground-about" });
@@ -364,7 +367,13 @@
     const views = [0, 1].map((side) => {
       const box = element("div", stage, { class: "playground-model" });
       const select = hero ? element("output", box, { class: "playground-name" })
-        : choice(box, "estimator", names, "ste", (value) => { touched = true; sides[side] = value; toys[side].options.estimator = value; draw(); });
+        : choice(box, "estimator", names, "ste", (value) => {
+          touched = true;
+          sides[side] = toys[side].options.estimator = value;
+          name(null);
+          draw();
+        });
+      if (!hero) select.setAttribute("aria-label", `estimator of the ${side ? "second" : "first"} model`);
       const count = element("p", box, { class: "playground-count" }), latent = element("canvas", box, { role: "img" });
       return { select, count, latent };
     });
@@ -437,8 +446,10 @@
         view.count.textContent = "";
         element("b", view.count, {}, String(count));
         view.count.append(` of ${toy.codebook.length} codes in use` + (hero ? "" : `; error ${toy.seen.mse.toFixed(3)}`));
-        view.latent.setAttribute("aria-label", `Encoder outputs of root mean square length ${size.toFixed(2)}, ${count} codes in use, ${unused} not`);
-        view.data.setAttribute("aria-label", "Points of the data and their reconstructions");
+        if (playing) return;                                                   // said when it rests
+        const title = names[toy.options.estimator];
+        view.latent.setAttribute("aria-label", `${title}: encoder outputs of root mean square length ${size.toFixed(2)}, ${count} codes in use, ${unused} not`);
+        view.data.setAttribute("aria-label", `${title}: points of the data and their reconstructions`);
       });
       drawChart(used, toys, "used", "codes used");
       drawChart(error, toys, "mse", "mean squared error (log)", true);
@@ -452,19 +463,38 @@
         line.style.setProperty("--mark", colors[toy.options.estimator]);
       });
     }
+    function later() {
+      if (!waiting) requestAnimationFrame(run);
+      waiting = true;
+    }
     function run() {
+      waiting = false;
       if (!playing || away) return;
       frame += 1;
       advance(Math.min(speed, until - toys[0].steps));
       if (toys[0].steps >= until) { until = Infinity; return toggle(false); }   // press Play to go on from here
       draw();
-      requestAnimationFrame(run);
+      later();
     }
     function toggle(on) {
-      const begins = on && !playing;
       playing = on;
       play.textContent = on ? "Pause" : "Play";
-      if (begins) requestAnimationFrame(run); else if (!on) draw();
+      says.setAttribute("aria-live", on ? "off" : "polite");
+      if (toys[0].steps >= until) until = Infinity;
+      if (on) later(); else draw();
+    }
+    /* Who wants less motion gets the end, a part of it at a time so that the page stays awake. */
+    function begin() {
+      if (!calm) return toggle(true);
+      toggle(false);
+      const mine = toys, part = () => {
+        if (toys !== mine || playing) return;
+        for (let k = 0; k < 5 && toys[0].steps < until; k++) advance(Math.min(10, until - toys[0].steps));
+        if (toys[0].steps < until) return void setTimeout(part);
+        until = Infinity;
+        draw();
+      };
+      if (until < Infinity) part();
     }
     play.addEventListener("click", () => { touched = true; toggle(!playing); });
     one.addEventListener("click", () => { touched = true; toggle(false); advance(1); draw(); });
@@ -473,15 +503,14 @@
     load(hero || "collapse");
     root.playground = { toys: () => toys, playing: () => playing };
 
-    /* It starts by itself when it is seen, and rests while it is not. Who wants less motion gets the end at once. */
-    const calm = window.matchMedia("(prefers-reduced-motion: reduce)").matches;
-    new IntersectionObserver(([{ isIntersecting }]) => {
-      away = !isIntersecting;
+    /* It starts by itself when it is seen, and rests while it is not. */
+    new IntersectionObserver((entries) => {
+      away = !entries[entries.length - 1].isIntersecting;
       if (away) return;
-      if (playing) return void requestAnimationFrame(run);
+      if (playing) return later();
       if (touched) return;
       touched = true;
-      if (calm) { advance(until); until = Infinity; draw(); } else toggle(true);
+      begin();
     }, { threshold: 0.25 }).observe(stage);
     new MutationObserver(draw).observe(document.body, { attributes: true, attributeFilter: ["class"] });   // the theme
   }
@@ -491,7 +520,7 @@
   window.rotvq.densities = DENSITIES;
   const mountAll = () => {
     document.querySelectorAll(".playground-step").forEach((root) => { if (!root.firstChild) mountStep(root); });
-    document.querySelectorAll(".playground-training").forEach((root) => { if (!root.firstChild) mountTraining(root); });
+    document.querySelectorAll(".playground-training").forEach((root) => { if (!root.playground) mountTraining(root); });
     window.rotvq.mountAll();
   };
   if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", mountAll);
