@@ -306,7 +306,7 @@
     pen.lineWidth = 1;
   }
   function drawChart(canvas, toys, key, title, log) {
-    const width = 460, pen = surface(canvas, width, CHART), left = 44, bottom = CHART - 22;
+    const width = 460, pen = surface(canvas, width, CHART), left = 54, bottom = CHART - 22;
     const all = toys.flatMap((toy) => toy.history), last = Math.max(100, ...all.map((row) => row.step));
     const value = (row) => (log ? Math.log10(row[key]) : row[key]);
     const low = log ? Math.min(...all.map(value)) : 0, high = log ? Math.max(...all.map(value)) : toys[0].options.codes;
@@ -491,7 +491,7 @@
         if (toys !== mine || playing) return;
         for (let k = 0; k < 5 && toys[0].steps < until; k++) advance(Math.min(10, until - toys[0].steps));
         if (toys[0].steps < until) return void setTimeout(part);
-        until = Infinity;
+        [until, limits] = [Infinity, [0, 0]];                                   // the frame of the last clouds
         draw();
       };
       if (until < Infinity) part();
