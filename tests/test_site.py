@@ -281,6 +281,15 @@ def test_figures_move_by_mouse_touch_and_keyboard(site, name):
         assert page.evaluate(state) == seen[0]
 
 
+def test_verdicts_are_seen_on_a_phone(site):
+    with served(site, PREFIX) as address, chromium(viewport={"width": 390, "height": 844}) as page:
+        page.goto(address + "claims.html")
+        verdicts = page.locator(".claims-cards td:nth-child(5)")
+        assert verdicts.count() > 40
+        for box in (verdicts.nth(k).bounding_box() for k in range(verdicts.count())):
+            assert box["x"] >= 0 and box["x"] + box["width"] <= 390
+
+
 def test_the_playground_trains_by_mouse_touch_and_keyboard(site):
     steps = (
         "document.querySelector('.playground-training').playground.toys().map((toy) => toy.steps)"
