@@ -122,7 +122,7 @@ gpu-bundle: $(VENV)/dev-ready
 # The notebook reads the results that the script writes; both go on where they were stopped.
 full: $(VENV)/dev-ready
 	@$(BIN)/python benchmarks/convergence.py --preset cuda
-	@cd nbs/book && ROTVQ_DATA=sample ROTVQ_PRESET=smoke ROTVQ_STATIC=1 ../../$(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False 17_run.ipynb
+	@cd nbs/book && ROTVQ_DATA=sample ROTVQ_PRESET=smoke ROTVQ_STATIC=1 ../../$(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False 11_run.ipynb
 	@$(BIN)/nbdev_clean
 
 # In a container one is often root, where JupyterLab does not start unless told to.

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rotvq import ResidualVQ, convert_back, convert_state_dict
-from rotvq.codebook import code_counts
+from rotvq.layer.lookup import code_counts
 from rotvq.run.data import ImageNet10, imagenet10
 from rotvq.run.records import hardware
 

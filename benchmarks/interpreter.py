@@ -3,7 +3,10 @@
 import numpy as np
 import torch
 
-from rotvq.codebook import (
+from rotvq.hardware import gpu
+from rotvq.layer.gradients import pullback
+from rotvq.layer.learning import average, average_definition
+from rotvq.layer.lookup import (
     best_code,
     best_code_definition,
     by_differences,
@@ -12,10 +15,7 @@ from rotvq.codebook import (
     lookup_definition,
     sum_by_code,
 )
-from rotvq.hardware import gpu
-from rotvq.layer.learning import average, average_definition
 from rotvq.layer.step import gradient, gradient_definition, quantize, quantize_definition
-from rotvq.rotation import pullback
 
 DEFINITIONS_ONLY = False  # for a comparison
 used = {

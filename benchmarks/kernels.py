@@ -22,11 +22,12 @@ from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to
 from measure import machine, on_device, on_host, save
 from quantizer import Plain
 from rotvq import VectorQuantizer, rotation_trick
-from rotvq.codebook import best_code_definition, lookup_definition, nearest_code
 from rotvq.hardware import gpu
 from rotvq.householder import householder_matrix
+from rotvq.layer.gradients import pullback
+from rotvq.layer.lookup import best_code_definition, lookup_definition, nearest_code
 from rotvq.layer.surroundings import exact_products
-from rotvq.rotation import pullback, rotation_matrix
+from rotvq.rotation import rotation_matrix
 
 GRADIENTS = [(65536, 32), (1048576, 32), (2097152, 64), (4194304, 4), (524288, 256), (131072, 1024)]
 SEARCHES = [

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from rotvq import ResidualVQ
-from rotvq.codebook import code_counts
+from rotvq.layer.lookup import code_counts
 from rotvq.run.bench import trial
 from rotvq.run.data import ImageNet10, imagenet10
 from rotvq.run.records import hardware

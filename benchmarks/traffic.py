@@ -21,19 +21,20 @@ from vector_quantize_pytorch import VectorQuantize
 from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to
 
 from measure import ROOT, page
-from rotvq import VectorQuantizer, codebook, rotation_trick, rotation_until_used
-from rotvq.codebook import (
+from rotvq import VectorQuantizer, rotation_trick, rotation_until_used
+from rotvq.hardware import cpu, gpu
+from rotvq.layer import lookup
+from rotvq.layer.gradients import pullback_definition, pullback_formula, rounding
+from rotvq.layer.learning import average_definition
+from rotvq.layer.lookup import (
     best_code_definition,
     by_differences_definition,
     code_sums,
     code_sums_definition,
     lookup_definition,
 )
-from rotvq.hardware import cpu, gpu
-from rotvq.layer.learning import average_definition
 from rotvq.layer.quantizer import quantization_loss
 from rotvq.layer.step import gradient_definition, quantize_definition
-from rotvq.rotation import pullback_definition, pullback_formula, rounding
 
 ESTIMATORS = [(65536, 32), (16384, 256), (65536, 4)]
 LAYERS = [(32768, 32, 1024), (16384, 256, 1024), (16384, 4, 8192), (4096, 64, 16384)]
@@ -175,11 +176,11 @@ def counted(call, forms: dict, unit: int) -> dict:
     with Traffic(forms) as seen:
         for name in names:
             setattr(gpu, name, Kernel(seen))
-        at_once, codebook.SUMMED_AT_ONCE = codebook.SUMMED_AT_ONCE, 2**40  # in parts on a CPU only
+        at_once, lookup.SUMMED_AT_ONCE = lookup.SUMMED_AT_ONCE, 2**40  # in parts on a CPU only
         try:
             call()
         finally:
-            codebook.SUMMED_AT_ONCE = at_once
+            lookup.SUMMED_AT_ONCE = at_once
             for name, kernel in zip(names, real):
                 setattr(gpu, name, kernel)
     return {"kernels": seen.kernels, "bytes": seen.bytes / unit}

@@ -36,11 +36,12 @@ from typing import NamedTuple
 import torch
 
 from rotvq import Quantized, nearest_code
+from rotvq.layer.relatives import SimVQ
 from rotvq.run.bench import trial, turn_only
 from rotvq.run.data import SAMPLE, ImageNet10, imagenet10
 from rotvq.run.records import hardware
 from rotvq.run.training import PRESETS, Config
-from rotvq.run.when import FSQ, SimVQ, learnable, normalized, quantized_by
+from rotvq.run.when import FSQ, learnable, normalized, quantized_by
 from rotvq.run.why import Pull, after_encoder, half_placed
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -284,7 +284,7 @@ def print_summary(run, source, config: Config) -> None:
         print(CAVEAT)
     else:
         print(
-            "The published figures (nbs/book/17_run.ipynb) are of the preset cpu; at "
+            "The published figures (nbs/book/11_run.ipynb) are of the preset cpu; at "
             "other settings expect others."
         )
     images = ImageNet10("val", config.size, source, config.limit).images

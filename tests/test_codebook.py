@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from rotvq.codebook import (
+from rotvq.codebook import perplexity, usage
+from rotvq.layer.lookup import (
     best_code,
     code_counts,
     code_sums,
@@ -14,8 +15,6 @@ from rotvq.codebook import (
     kmeans,
     kmeans_plus_plus,
     nearest_code,
-    perplexity,
-    usage,
 )
 
 

@@ -11,9 +11,9 @@ from torch.testing import assert_close
 import pretend  # makes benchmarks/ importable, too
 from pretend import GPU, REHEARSED
 from rotvq import VectorQuantizer, reflection_trick, rotation_trick, straight_through
-from rotvq.codebook import best_code_definition, nearest_code
 from rotvq.hardware import gpu
-from rotvq.rotation import pullback, pullback_definition
+from rotvq.layer.gradients import pullback, pullback_definition
+from rotvq.layer.lookup import best_code_definition, nearest_code
 from rotvq.run.data import SAMPLE, ImageNet10
 from rotvq.run.training import (
     PRESETS,

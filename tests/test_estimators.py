@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to
 
 from rotvq import linear_estimator, reflection_trick, rotation_trick, straight_through
-from rotvq.rotation import pullback, pullback_definition
+from rotvq.layer.gradients import pullback, pullback_definition
 
 TRICKS = {"ste": straight_through, "rotation": rotation_trick, "reflection": reflection_trick}
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

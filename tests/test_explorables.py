@@ -22,7 +22,7 @@ from rotvq import (
     rotation_until_used,
     straight_through,
 )
-from rotvq.codebook import code_sums
+from rotvq.layer.lookup import code_sums
 
 pytestmark = pytest.mark.slow
 
@@ -31,27 +31,28 @@ BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
 TRICKS = {"ste": straight_through, "rotation": rotation_trick, "reflection": reflection_trick}
-CHAPTERS = {
-    "index": "rotation",
-    "book/01_vqvae": "means",
-    "book/02_ste": "lookup",
-    "book/03_householder": "mirrors",
-    "book/04_rotation": "rotation",
-    "book/05_reflection": "mirror",
-    "book/06_scaling": "origin",
-}
+FIGURES = [
+    ("index", "rotation"),
+    ("book/01_vqvae", "means"),
+    ("book/02_ste", "lookup"),
+    ("book/03_householder", "mirrors"),
+    ("book/03_householder", "twice"),
+    ("book/04_rotation", "rotation"),
+    ("book/12_reflection", "mirror"),
+    ("book/05_scaling", "origin"),
+]
 needs_browser = pytest.mark.skipif(
     BROWSER is None, reason="no chromium, chromium-browser or google-chrome on PATH"
 )
 
 
-def figures(name: str) -> list[str]:
-    "The stored HTML of the moving figures of a chapter."
+def figure(name: str, scene: str) -> str:
+    "The stored HTML of a moving figure of a chapter."
     cells = json.loads((NBS / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
     outputs = [o for c in cells for o in c.get("outputs", []) if "text/html" in o.get("data", {})]
-    return [
-        html for o in outputs if "rotvq-explorable" in (html := "".join(o["data"]["text/html"]))
-    ]
+    pages = ("".join(o["data"]["text/html"]) for o in outputs)
+    (html,) = (page for page in pages if f'data-scene="{scene}"' in page)
+    return html
 
 
 def in_browser(
@@ -97,9 +98,9 @@ window.addEventListener("load", async () => {{
 
 
 def test_each_chapter_has_its_figure():
-    for chapter, scene in CHAPTERS.items():
-        (html,) = figures(chapter)
-        assert f'data-scene="{scene}"' in html and '<script src="assets/rotvq.js">' in html
+    for chapter, scene in FIGURES:
+        html = figure(chapter, scene)
+        assert '<script src="assets/rotvq.js">' in html
         assert 'src="data:image/png;base64,' in html, "no still picture for readers without scripts"
         if said := re.search(r"(\d+) degrees apart", html):  # the text that stands for the picture
             start = json.loads(unescape(re.search(r'data-start="([^"]*)"', html)[1]))
@@ -168,9 +169,9 @@ def test_formulas_agree_with_the_package(tmp_path):
 
 
 @needs_browser
-@pytest.mark.parametrize("chapter", CHAPTERS)
-def test_figures_move_by_keyboard_and_pointer(tmp_path, chapter):
-    (html,) = figures(chapter)
+@pytest.mark.parametrize(("chapter", "scene"), FIGURES)
+def test_figures_move_by_keyboard_and_pointer(tmp_path, chapter, scene):
+    html = figure(chapter, scene)
     answer = in_browser(
         tmp_path,
         """
@@ -208,7 +209,7 @@ def test_figures_move_by_keyboard_and_pointer(tmp_path, chapter):
       element.querySelector(".rotvq-bar button").click();
       out.reset = structuredClone(element.rotvq.state);
       element.rotvq.drawn = drawn;
-      out.state = kept; out.grads = element.rotvq.drawn.grads || {};
+      out.state = kept; out.grads = element.rotvq.drawn.grads || {}; out.images = element.rotvq.drawn.images;
       return out;""",
         html,
     )
@@ -246,3 +247,8 @@ def test_figures_move_by_keyboard_and_pointer(tmp_path, chapter):
         assert answer["loss"] == pytest.approx(
             (points - codes[nearest_code(points, codes)]).square().sum(1).mean().item()
         )
+    if scene == "twice":  # twice the angle between the mirrors
+        m, n, u = (torch.view_as_complex(state[name]) for name in "mnu")
+        turned = u * ((n / n.abs()) / (m / m.abs())) ** 2
+        second = torch.tensor(answer["images"]["second"], dtype=torch.float64)
+        assert_close(second, torch.view_as_real(turned))

@@ -12,7 +12,7 @@ from torch.export import Dim, export, save
 from torch.testing import assert_close
 
 from rotvq import FSQ, VQVAE, ProductVQ, ResidualVQ, SimVQ, VectorQuantizer
-from rotvq.codebook import TELLS_EXPORTS
+from rotvq.layer.lookup import TELLS_EXPORTS
 
 pytestmark = pytest.mark.slow
 

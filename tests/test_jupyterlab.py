@@ -90,7 +90,7 @@ def code_of(notebook: Path) -> list[dict]:
 @needs_browser
 def test_a_chapter_runs_in_jupyterlab(lab):
     address, folder = lab
-    name = "book/06_scaling.ipynb"
+    name = "book/05_scaling.ipynb"
     with chromium(viewport={"width": 1366, "height": 768}) as page:
         page.set_default_timeout(180_000)
         failures = []

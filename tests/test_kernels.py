@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from helpers import CPU, ROOT
-from rotvq.codebook import best_code_definition, code_sums_definition, lookup_definition
 from rotvq.hardware import gpu
+from rotvq.layer.gradients import pullback_definition
+from rotvq.layer.lookup import best_code_definition, code_sums_definition, lookup_definition
 from rotvq.layer.step import gradient_definition, quantize_definition
-from rotvq.rotation import pullback_definition
 
 needs_triton = pytest.mark.skipif(gpu.triton is None, reason="Triton is not installed")
 

@@ -12,8 +12,8 @@ from torch.optim.swa_utils import AveragedModel
 from torch.testing import assert_close
 
 from rotvq import VQVAE, VectorQuantizer, convert_state_dict, learn_after
-from rotvq.codebook import code_sums, ema_update, nearest_code
 from rotvq.householder import unit
+from rotvq.layer.lookup import code_sums, ema_update, nearest_code
 from test_quantizer import OPTIONS, layer, same, state_of
 
 

@@ -12,6 +12,17 @@ import pytest
 FOLDER = Path(__file__).resolve().parent
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")]
 
+# of the definitions in the book
+ARGMAX = "return scores.argmax(-1)"
+STRAIGHT = "return q.detach() + (z - z.detach())"
+DOUBLED = STRAIGHT, "return q.detach() + 2 * (z - z.detach())"
+TURNED = "turned = rotate(z, a, b) * (lam if gamma is None else gamma)"
+WAY_BACK = TURNED, TURNED.replace("z, a, b", "z, b, a")  # Rᵀ → R
+UNSCALED = TURNED, TURNED.replace("(lam if", "(1 if")
+COPIED = TURNED, "turned = z"
+MIRRORED = "reflect(z, unit(a) - unit(b))"
+TWO_MIRRORS = MIRRORED, "reflect(reflect(z, unit(a) + unit(b)), b)"
+# of the forms in the machine room
 STE = "return g, None", "return 2 * g, None"
 BACKWARD = "return pull(g, z, q, gamma, ctx.mirror, weight)"
 IDENTITY = BACKWARD, "return g"  # the trick copies the gradient
@@ -40,10 +51,17 @@ HALF_MIRROR = "return u - 2 * v * (v * u)", "return u - v * (v * u)"
 # claim, its check, what is changed: (text, in its place)
 MUTATIONS = {
     "V1: a bound without the prior": ("check-v1", "r * p.log()", "0 * p.log()"),
-    "V2: the farthest code": ("check-v2", *FARTHEST),
-    "V2: ties to the highest index": ("check-v2", *HIGHEST),
-    "V2: offset without its half": (
+    "V2: the farthest code": ("check-v2", ARGMAX, "return scores.argmin(-1)"),
+    "V2: ties to the highest index": (
         "check-v2",
+        ARGMAX,
+        "return len(codebook) - 1 - scores.flip(-1).argmax(-1)",
+    ),
+    "V2: offset without its half": ("check-v2", "- 0.5 * codebook.square()", "- codebook.square()"),
+    "lookup: the farthest code": ("check-lookup", *FARTHEST),
+    "lookup: ties to the highest index": ("check-lookup", *HIGHEST),
+    "lookup: offset without its half": (
+        "check-lookup",
         "offset = -0.5 * directions",
         "offset = -directions",
     ),
@@ -68,13 +86,32 @@ MUTATIONS = {
         "grad / (2 * torch.bincount",
         "grad / (torch.bincount",
     ),
-    "V7: decay inverted": ("check-v7", *DECAY),
+    "V7: decay inverted": (
+        "check-v7",
+        "counts.lerp_(batch[:, -1], 1 - decay)",
+        "counts.lerp_(batch[:, -1], decay)",
+    ),
     "V7: counts not smoothed": (
         "check-v7",
+        "(counts + eps) / (counts.sum() + len(counts) * eps) * counts.sum()",
+        "counts + 0 * eps",
+    ),
+    "V7: sums that do not follow": (
+        "check-v7-fixed-point",
+        "sums.lerp_(batch[:, :-1], 1 - decay)",
+        "sums.lerp_(batch[:, :-1], 0.0)",
+    ),
+    "running average: decay inverted": ("check-running-average", *DECAY),
+    "running average: counts not smoothed": (
+        "check-running-average",
         "(N + eps) / (N.sum() + len(N) * eps) * N.sum()",
         "N + 0 * eps",
     ),
-    "V7: sums that do not follow": ("check-v7-fixed-point", *DECAY[:1], "running), 0.0)"),
+    "running average: a bad batch is learned from": (
+        "check-running-average",
+        "return batch.sum().isfinite() & (batch[:, -1].sum() > 0)",
+        "return batch.sum() == batch.sum()",
+    ),
     "V8: another code is decoded": (
         "check-v8",
         "self.book()[indices.clamp_min(0)]",
@@ -82,18 +119,25 @@ MUTATIONS = {
     ),
     "S1: a lookup that depends on every digit": (
         "check-s1",
-        "rows, directions = z - origin",
-        "rows, directions = 3 * (1e7 * z).sin()",
+        "scores = z @ codebook.T",
+        "scores = 3 * (1e7 * z).sin() @ codebook.T",
     ),
-    "S2: gradient doubled": ("check-s2", *STE),
-    "S2: value z": ("check-s2", "return q.clone()", "return z.clone()"),
+    "S2: gradient doubled": ("check-s2", *DOUBLED),
+    "S2: value z": ("check-s2", STRAIGHT, "return z + 0 * q.detach()"),
     "S3: a gradient of its own for each z": (
         "check-s3",
-        "return g, None",
-        "return g * torch.rand_like(g), None",
+        STRAIGHT,
+        "return q.detach() + torch.rand_like(z) * (z - z.detach())",
     ),
-    "S4: another matrix in the gap": ("check-s4", *STE),
-    "S5: the matrix not transposed": ("check-s5", '"...ij,...i->...j"', '"...ij,...j->...i"'),
+    "S4: another matrix in the gap": ("check-s4", *DOUBLED),
+    "S5: the matrix not transposed": ("check-s5", '"...ij,...j->...i"', '"...ji,...j->...i"'),
+    "copied: gradient doubled": ("check-copied", *STE),
+    "copied: value z": ("check-copied", "return q.clone()", "return z.clone()"),
+    "copied: the matrix not transposed": (
+        "check-copied",
+        '"...ij,...i->...j"',
+        '"...ij,...j->...i"',
+    ),
     "S6: a matrix that misses q": (
         "check-s6",
         "z_.square().sum(-1)[:, None, None]",
@@ -115,23 +159,32 @@ MUTATIONS = {
         "e - 2 * e @ (column(rh) @ row(rh))",
     ),
     "R4: half a turn": ("check-r4", *HALF_TURN),
-    "R5: value z": ("check-r5", "return q.clone()", "return z.clone()"),
-    "R6: λ left out": ("check-r5", *NO_LAMBDA),
-    "R6: not transposed": ("check-r5", *TRANSPOSED),
-    "R6: by hand, not transposed": ("check-r6", "+ 2 * zh * (qh * g)", "+ 2 * qh * (zh * g)"),
-    "R7: not transposed": ("check-r7-r8", *TRANSPOSED),
-    "R7: copied": ("check-r7-r8", *IDENTITY),
-    "R8: λ left out": ("check-r7-r8", *NO_LAMBDA),
+    "R5: value z": (
+        "check-r5",
+        "return b + (turned - turned.detach())",
+        "return a + (turned - turned.detach())",
+    ),
+    "R6: λ left out": ("check-r5", *UNSCALED),
+    "R6: not transposed": ("check-r5", *WAY_BACK),
+    "turned: λ left out": ("check-turned", *NO_LAMBDA),
+    "turned: not transposed": ("check-turned", *TRANSPOSED),
+    "turned: copied": ("check-turned", *IDENTITY),
+    "turned: two mirrors for one": ("check-turned", "mirror=True", "mirror=False"),
+    "turned: value z": ("check-turned", "return q.clone()", "return z.clone()"),
+    "R6: by hand, not transposed": ("check-r6", "+ 2 * zh * dot(qh, g)", "+ 2 * qh * dot(zh, g)"),
+    "R7: not transposed": ("check-r7-r8", *WAY_BACK),
+    "R7: copied": ("check-r7-r8", *COPIED),
+    "R8: λ left out": ("check-r7-r8", *UNSCALED),
     "R9: half a turn": ("check-r9", *HALF_TURN),
-    "R10: copied": ("check-r10", *IDENTITY),
+    "R10: copied": ("check-r10", *COPIED),
     "R11: a step along the gradient": ("check-r11", "points - rate * grad", "points + rate * grad"),
-    "R11: not transposed": ("check-r11", *TRANSPOSED),
-    "F1: two mirrors": ("check-f1", "mirror=True", "mirror=False"),
-    "F2: two mirrors": ("check-f2", "mirror=True", "mirror=False"),
+    "R11: not transposed": ("check-r11", *WAY_BACK),
+    "F1: two mirrors": ("check-f1", *TWO_MIRRORS),
+    "F2: two mirrors": ("check-f2", *TWO_MIRRORS),
     "F2: one mirror for the rotation": (
         "check-f2-angle",
-        "gamma, mirror=False)",
-        "gamma, mirror=True)",
+        "turned = rotate(z, a, b)",
+        "turned = (householder_matrix(unit(a) - unit(b)) @ z[..., None])[..., 0]",
     ),
     "G1: the scale is not heard": ("check-g1", SCALE, "None, expand(weight"),
     "G2: λ upside down": (

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from vector_quantize_pytorch import VectorQuantize
 
 from rotvq import ProductVQ, ResidualVQ, VectorQuantizer, learn_after, rotation_trick
-from rotvq.codebook import nearest_code
+from rotvq.layer.lookup import nearest_code
 
 PLAIN = {"channel_first": False, "init": "normal"}
 ONE = [

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from rotvq import Quantized, VectorQuantizer, learn_after, rotation_trick
-from rotvq.codebook import nearest_code
 from rotvq.layer.exchange import convert_state_dict
+from rotvq.layer.lookup import nearest_code
 from rotvq.layer.processes import sample_rows
 from rotvq.layer.quantizer import ESTIMATORS
 from test_estimators import explicit

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from rotvq import FSQ, SimVQ
-from rotvq.codebook import nearest_code
+from rotvq.layer.lookup import nearest_code
 
 levels = st.lists(st.integers(2, 9), min_size=1, max_size=4)
 

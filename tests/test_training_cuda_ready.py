@@ -20,8 +20,8 @@ from torch._subclasses.fake_tensor import (
 )
 
 from helpers import ROOT
-from rotvq.codebook import kmeans
 from rotvq.layer.learning import Codebook
+from rotvq.layer.lookup import kmeans
 from rotvq.run.training import PRESETS, Learner, sums_of
 
 pytestmark = pytest.mark.slow

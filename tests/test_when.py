@@ -8,12 +8,13 @@ import torch
 from torch.testing import assert_close
 
 from helpers import ROOT
+from rotvq.layer.gradients import straight_through
+from rotvq.layer.relatives import SimVQ
 from rotvq.run.bench import TOY, crops, trial
 from rotvq.run.model import VQVAE
 from rotvq.run.training import Learner, to_float
-from rotvq.run.when import FSQ, SimVQ, learnable, normalized, quantized_by
+from rotvq.run.when import FSQ, learnable, normalized, quantized_by
 from rotvq.run.why import cloud_of, half_placed
-from rotvq.ste import straight_through
 
 pytestmark = pytest.mark.slow
 

@@ -43,7 +43,7 @@ TRAFFIC = """
 
 `python benchmarks/traffic.py` counts, with PyTorch {torch} and without a GPU: every operation that is no view is one kernel, which reads
 its arguments and writes its results; an operator of `rotvq` counts as what a GPU runs for it. Bytes are multiples of those of `z` in float32. Operations
-like these are limited by memory on a GPU, and by the launches where tensors are small. Of the kernels of [the GPU room](hardware/85_gpu.ipynb)
+like these are limited by memory on a GPU, and by the launches where tensors are small. Of the kernels of [the GPU room](hardware/41_gpu.ipynb)
 the memory that they are given is counted, each tensor once (the lookup reads the codes again for every 64 vectors, from the
 second-level cache where they fit into it).
 
@@ -51,7 +51,7 @@ The rotation trick, forward and backward. The least that can be done is 4: read 
 """
 TRAFFIC_LAYER = """
 A training step of the layer, with the same settings as above. For vectors of up to 64 numbers it is four kernels: lookup, codes, loss and sums in
-one ([taken where that is the faster form](hardware/85_gpu.ipynb#which-form-by-measuring)), both gradients in another, and two that move the codebook. No GPU
+one ([taken where that is the faster form](hardware/41_gpu.ipynb#which-form-by-measuring)), both gradients in another, and two that move the codebook. No GPU
 has run them yet. For longer vectors the search writes scores, a tile at a time. `vector_quantize_pytorch` makes a one-hot matrix.
 """
 STEP = """
@@ -71,7 +71,7 @@ process for each core, which decodes every picture in every epoch. Ours decodes 
 STEPS = """
 ## Two hundred steps {{#steps-{slug}}}
 
-`make gpu-check` takes {count} training steps of the preset `{preset}`, on one batch, one by one, [replayed as a graph](run/92_graphs.ipynb) (since the
+`make gpu-check` takes {count} training steps of the preset `{preset}`, on one batch, one by one, [replayed as a graph](run/54_graphs.ipynb) (since the
 last of the measurements below) and compiled, and looks where the time of the device goes. (`sum` has the gradients of the convolutions' biases, a sum
 over all positions for each channel, and `add_` the addition of those biases, which PyTorch does after cuDNN's convolution.) The least is counted from shapes: what the operations of an eager step read and write, at the device's bandwidth. No step
 was seen to wait for the device, after the tenth (`torch.cuda.set_sync_debug_mode("error")`).
@@ -200,6 +200,12 @@ def estimators(held: dict) -> str:
     return "\n".join(
         [
             opening(ESTIMATORS, "estimators", held),
+            (
+                "![Time of forward and backward, relative to plain straight-through, on a"
+                " logarithmic axis; thin lines from quartile to quartile."
+                f" {held['machine']['name']}.](images/estimators_{named(held['machine'])}.png)"
+            ),
+            "",
             table(head, times),
             about(held, timed),
             "",
@@ -209,12 +215,6 @@ def estimators(held: dict) -> str:
             held_most,
             "",
             table(head, memory),
-            (
-                "![Time of forward and backward, relative to plain straight-through, on a"
-                " logarithmic axis; thin lines from quartile to quartile."
-                f" {held['machine']['name']}.](images/estimators_{named(held['machine'])}.png)"
-            ),
-            "",
         ]
     )
 
@@ -315,6 +315,18 @@ def quantizer(held: dict) -> str:
     return "\n".join(
         [
             opening(QUANTIZER, "quantizer", held),
+            *(
+                [
+                    (
+                        "![Time and peak memory of a training step against N, K and d; the other"
+                        f" two are at N = 8192, d = 32, K = 1024. {held['machine']['name']}.]"
+                        f"(images/quantizer_{named(held['machine'])}.png)"
+                    ),
+                    "",
+                ]
+                if held["curves"]
+                else []
+            ),
             "A training step:",
             "",
             *part("training", ["rotvq", peer, "plain", BARE], time | memory),
@@ -333,18 +345,6 @@ def quantizer(held: dict) -> str:
             ),
             about(held, timed),
             "",
-            *(
-                [
-                    (
-                        "![Time and peak memory of a training step against N, K and d; the other"
-                        f" two are at N = 8192, d = 32, K = 1024. {held['machine']['name']}.]"
-                        f"(images/quantizer_{named(held['machine'])}.png)"
-                    ),
-                    "",
-                ]
-                if held["curves"]
-                else []
-            ),
         ]
     )
 
@@ -610,7 +610,7 @@ def in_short_on(gpu: dict) -> str:
 **On an {name}** ([PyTorch {gpu["quantizer"]["machine"]["torch"]}](#quantizer-{slug})) the layer is about as fast as the other library's, and slower than a plain one:
 
 - A training step of the layer takes {span(layer("rotvq", peer))} of the time of `{peer}` at the four shapes, with {span(layer("rotvq", peer, "peak_bytes"))} of its memory. A plain layer with straight-through, of ten lines, takes {span(both)} of ours: it is {span([1 / x for x in both], one)} times as fast.
-- The gradient's kernel moves its bytes at {span(share)} of the rate of a copy, for 2²⁵ numbers and more{", the launch included" if "note" in gpu["kernels"] else ""}. The search kernel takes {span(slower, one)} times as long as `addmm` and `argmax` for vectors of 32 numbers and more, and {span(about_equal, one)} times for shorter ones; it is chosen for up to 16 numbers ([where this is measured](hardware/85_gpu.ipynb#on-a-gpu)).
+- The gradient's kernel moves its bytes at {span(share)} of the rate of a copy, for 2²⁵ numbers and more{", the launch included" if "note" in gpu["kernels"] else ""}. The search kernel takes {span(slower, one)} times as long as `addmm` and `argmax` for vectors of 32 numbers and more, and {span(about_equal, one)} times for shorter ones; it is chosen for up to 16 numbers ([where this is measured](hardware/41_gpu.ipynb#on-a-gpu)).
 - A training step at the preset `cuda` takes {1e3 * step["eager"]["seconds a step"]:.1f} ms, {1e3 * step["compiled"]["seconds a step"]:.1f} compiled; in an eager one the device is busy for {step["profile"]["device_ms_a_step"]:.1f}{least}. Side by side: {milliseconds("none")} ms without a quantizer, {milliseconds("rotation")} with ours, {milliseconds(peer)} with `{peer}`.
 """
 

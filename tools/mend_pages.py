@@ -85,6 +85,22 @@ def mend(html: str, depth: int = 0) -> str:
     return OUTSIDE.sub("", html)
 
 
+def sourced(html: str, source: str) -> str:
+    """`html` of a page that shows figures of notebooks (`{{< embed … >}}` in its `source`), each
+    with a link to the cell that draws it."""
+    for notebook, figure in re.findall(r"embed (\S+)\.ipynb#(fig-[\w-]+)", source):
+        page = re.sub(r"(^|/)\d+_", r"\1", notebook)  # as nbdev names it
+        link = f' <a href="{page}.html#{figure}">The cell.</a>'
+        html = re.sub(
+            rf'(<figcaption[^>]* id="{figure}-caption.*?)\s*(</figcaption>)',
+            lambda found: f"{found[1]}{link}{found[2]}",
+            html,
+            count=1,
+            flags=re.DOTALL,
+        )
+    return html
+
+
 def lead(html: str) -> str:
     """The page at an old address, which Quarto makes of `aliases`: it leads to the same place of
     the new page, and without JavaScript to its beginning."""
@@ -164,9 +180,13 @@ if __name__ == "__main__":
                 shutil.copy(notebook, page.parent)
             elif page.name != "literature.html":
                 after = cite(after, known)
+            if (source := NBS / place.with_suffix(".qmd")).exists():
+                after = sourced(after, source.read_text(encoding="utf-8"))
             if after != before:
                 page.write_text(after, encoding="utf-8")
     for page in site.rglob("*.html") if "QUARTO_PROJECT_OUTPUT_DIR" in os.environ else ():
         before = page.read_text(encoding="utf-8")
         if "var redirects = {" in before and "canonical" not in before:
             page.write_text(lead(before), encoding="utf-8")
+    for page in site.rglob("*-preview.html") if "QUARTO_PROJECT_OUTPUT_DIR" in os.environ else ():
+        page.unlink()  # of notebooks, which have pages of their own

@@ -30,7 +30,8 @@ def readme(notebook: dict) -> str:
         if cell["cell_type"] == "markdown":
             source = re.sub(r"\)\{\.btn[^}]*\} *(?=\[)", ") · ", source)  # buttons of the site
             source = re.sub(r"\)\{\.btn[^}]*\}", ")", source)
-            source = source.replace("](playground.qmd)", f"]({site()}/playground.html)")  # it moves
+            for page in ("playground", "twenty"):  # they move
+                source = source.replace(f"]({page}.qmd)", f"]({site()}/{page}.html)")
             parts.append(re.sub(r"\]\((?!https?://|#)([^)]+)\)", r"](nbs/\1)", source))
         elif "hide" not in directives:
             code = re.sub(r"^#\|.*\n?", "", source, flags=re.MULTILINE).strip()
@@ -67,8 +68,8 @@ def picture(notebook: dict, label: str) -> bytes:
 
 if __name__ == "__main__":
     text = readme(json.loads((ROOT / "nbs" / "index.ipynb").read_text(encoding="utf-8")))
-    when = json.loads((ROOT / "nbs" / "run" / "15_when.ipynb").read_text(encoding="utf-8"))
-    effect = picture(when, "fig-rivals")
+    learning = json.loads((ROOT / "nbs" / "book" / "06_learning.ipynb").read_text(encoding="utf-8"))
+    effect = picture(learning, "fig-fill")
     file, image = ROOT / "README.md", ROOT / "nbs" / "images" / "effect.png"
     if "--check" in sys.argv:
         differs = file.read_text(encoding="utf-8") != text or image.read_bytes() != effect

@@ -8,12 +8,15 @@
   const RULE = "rotation-until-used";
   const COLORS = { ste: "#E69F00", rotation: "#0072B2", [RULE]: "#882255", reflection: "#CC79A7" };
   const NAMES = { ste: "straight-through", rotation: "rotation", [RULE]: "rotation until used", reflection: "reflection" };
+  const BECOMES = { ste: "copied", rotation: "rotated", reflection: "mirrored" };
   const dot = (u, v) => u[0] * v[0] + u[1] * v[1];
   const norm = (v) => Math.sqrt(dot(v, v));
   const add = (u, v, k = 1) => [u[0] + k * v[0], u[1] + k * v[1]];
   const scale = (v, k) => [k * v[0], k * v[1]];
   const unit = (v) => { const n = norm(v); return n > 0 ? scale(v, 1 / n) : [0, 0]; };
   const angle = (u, v) => !(norm(u) > 0 && norm(v) > 0) ? NaN : (Math.acos(Math.max(-1, Math.min(1, dot(unit(u), unit(v))))) * 180) / Math.PI;
+  /* From u to v, counterclockwise, in degrees below 360. */
+  const turned = (u, v) => (((Math.atan2(v[1], v[0]) - Math.atan2(u[1], u[0])) * 180) / Math.PI + 720) % 360;
   const reflect = (u, v) => (norm(v) > 0 ? add(u, unit(v), -2 * dot(u, unit(v))) : u);
   const rounding = (r) => (norm(r) > 1e-12 ? r : [0, 0]);
 
@@ -80,11 +83,14 @@
         paint.arrow([0, 0], p.z, "#7f7f7f", "z");
         paint.arrow([0, 0], p.q, "#7f7f7f", "q");
         paint.arrow(p.q, p.g, "#000", "g");
+        paint.arc(p.q, p.q, p.g, "#000");
         const lines = [`θ = ${degrees(angle(p.z, p.q))}, λ = ${ratio(p.q, p.z).toFixed(2)}; angle of q and g: ${degrees(angle(p.q, p.g))}`];
         const grads = {};
         estimators.forEach((name) => {
           grads[name] = gradients[name](p.z, p.q, p.g);
           paint.arrow(p.z, grads[name], COLORS[name]);
+          paint.tip(add(p.z, grads[name]), grads[name], BECOMES[name], COLORS[name]);
+          if (name !== "ste") paint.arc(p.z, p.z, grads[name], COLORS[name]);
           lines.push([`angle of z and its gradient, ${NAMES[name]}: ${degrees(angle(p.z, grads[name]))}`, COLORS[name]]);
         });
         return { grads, lines };
@@ -92,7 +98,7 @@
     };
   }
   const scenes = {
-    rotation: gradientScene(["ste", "rotation", "reflection"]),
+    rotation: gradientScene(["ste", "rotation"]),
     mirror: {
       ...gradientScene([]),
       draw(p, paint) {
@@ -124,11 +130,26 @@
         paint.mirror(half);
         paint.mirror(p.b);
         paint.arrow([0, 0], first, "#D55E00", "a′");
-        paint.arrow([0, 0], second, "#009E73", "a″", -1);
+        paint.band([0, 0], second, "#009E73", "a″");
         paint.arrow([0, 0], p.a, "#7f7f7f", "a");
         paint.arrow([0, 0], p.b, "#7f7f7f", "b");
         return { images: { first, second }, lines: [`from a to b: ${degrees(angle(p.a, p.b))}; between the normals: ${degrees(angle(half, p.b))}`,
           [`from a to its second image a″: ${degrees(angle(p.a, second))}`, "#009E73"]] };
+      },
+    },
+    twice: {
+      points: { m: { label: "along the first mirror" }, n: { label: "along the second mirror" }, u: { label: "u" } },
+      draw(p, paint) {
+        const across = (v) => [-v[1], v[0]], first = reflect(p.u, across(p.m)), second = reflect(first, across(p.n));
+        paint.mirror(across(p.m));
+        paint.mirror(across(p.n));
+        paint.arrow([0, 0], p.u, "#7f7f7f", "u");
+        paint.arrow([0, 0], first, "#D55E00", "u′");
+        paint.arrow([0, 0], second, "#009E73", "u″");
+        paint.turn(p.m, p.n, "#666", 0.45);
+        paint.turn(p.u, second, "#009E73", 0.75);
+        return { images: { first, second }, lines: [`from the first mirror to the second: ${Math.round(turned(p.m, p.n))}°`,
+          [`from u to its second image u″: ${Math.round(turned(p.u, second))}°`, "#009E73"]] };
       },
     },
     means: {
@@ -177,6 +198,11 @@
     const word = ([x, y], text, fill) => make("text", { x, y, fill, "text-anchor": "middle", "dominant-baseline": "middle", "font-style": "italic", "font-size": 16 }, layer, text);
     return {
       name(at, text) { const [x, y] = px(at); word([x + 14, y - 12], text, "#333"); },
+      /* Beyond the tip of an arrow, within the figure. */
+      tip(at, v, text, fill) {
+        const [x, y] = px(at), u = unit(v), inside = Math.max(36, Math.min(SIZE - 36, x + 30 * u[0]));
+        make("text", { x: inside, y: y - 16 * u[1], fill, "text-anchor": "middle", "dominant-baseline": "middle", "font-style": "italic", "font-size": 15 }, layer, text);
+      },
       arrow(foot, v, color, label, side = 1) {
         const tip = px(add(foot, v)), start = px(foot), length = Math.hypot(tip[0] - start[0], tip[1] - start[1]);
         if (!(length > 0.5)) return;
@@ -185,6 +211,27 @@
         make("line", { x1: start[0], y1: start[1], x2: base[0], y2: base[1], stroke: color, "stroke-width": 2.4 }, layer);
         make("polygon", { points: `${tip} ${base[0] + wing[0]},${base[1] + wing[1]} ${base[0] - wing[0]},${base[1] - wing[1]}`, fill: color }, layer);
         if (label) word([(start[0] + tip[0]) / 2 + off * u[1], (start[1] + tip[1]) / 2 - off * u[0]], label, color);
+      },
+      /* Beneath what has the same direction. */
+      band(foot, v, color, label) {
+        line(foot, add(foot, v), { stroke: color, "stroke-width": 9, opacity: 0.45 });
+        const [x, y] = px(add(foot, v, 1.06));
+        word([x, y - 6], label, color);
+      },
+      /* The angle between two directions, at the tip of one vector. */
+      arc(at, u, v, color) {
+        if (!(norm(u) > 0 && norm(v) > 1e-6)) return;
+        const size = Math.min(0.32, 0.6 * norm(v)), from = Math.atan2(u[1], u[0]), by = turned(u, v);
+        const sweep = ((by > 180 ? by - 360 : by) * Math.PI) / 180, steps = 24;
+        const way = [...Array(steps + 1).keys()].map((k) => px(add(at, [Math.cos(from + (sweep * k) / steps), Math.sin(from + (sweep * k) / steps)], size)));
+        line(at, add(at, unit(u), size * 1.4), { stroke: color, "stroke-width": 1, "stroke-dasharray": "3 3" });
+        make("path", { d: "M" + way.join("L"), fill: "none", stroke: color, "stroke-width": 1.4 }, layer);
+      },
+      /* The turn from u to v, counterclockwise, round the origin. */
+      turn(u, v, color, size) {
+        const from = Math.atan2(u[1], u[0]), sweep = (turned(u, v) * Math.PI) / 180;
+        const way = [...Array(49).keys()].map((k) => px(scale([Math.cos(from + (sweep * k) / 48), Math.sin(from + (sweep * k) / 48)], size)));
+        make("path", { d: "M" + way.join("L"), fill: "none", stroke: color, "stroke-width": 1.6 }, layer);
       },
       mirror(normal) {
         const u = unit([-normal[1], normal[0]]);
@@ -278,7 +325,67 @@
     update();
   }
 
-  const mountAll = () => document.querySelectorAll(".rotvq-explorable").forEach(mount);
+  /* A training to scrub through: panels of encoder outputs, codes in use and unused codes on one scale, a slider over its moments. */
+  function mountFilm(element) {
+    if (element.rotvqFilm) return;
+    const { moments, limit, panels } = JSON.parse(element.querySelector("script").textContent);
+    element.textContent = "";
+    const unitOf = 110 / limit[0], height = 2 * limit[1] * unitOf;
+    const at = ([x, y]) => [110 + x * unitOf, height / 2 - y * unitOf];
+    const stage = document.createElement("div"), bar = document.createElement("div");
+    stage.className = "rotvq-film-stage";
+    bar.className = "rotvq-bar";
+    element.append(bar, stage);
+    const views = panels.map(({ title, color }) => {
+      const box = document.createElement("div"), name = document.createElement("p");
+      box.append(name);
+      stage.append(box);
+      return { name, svg: make("svg", { viewBox: `0 0 220 ${height}`, role: "img" }, box), title, color };
+    });
+    const play = document.createElement("button"), slider = document.createElement("input"), shown = document.createElement("output");
+    play.type = "button";
+    Object.assign(slider, { type: "range", min: 0, max: moments.length - 1, value: moments.length - 1 });
+    slider.setAttribute("aria-label", "moment of the training");
+    bar.append(play, slider, shown);
+    function show(k) {
+      slider.value = k;
+      shown.textContent = moments[k];
+      views.forEach(({ name, svg, title, color }, i) => {
+        const { z, used, unused } = panels[i], spot = ([x, y], r, more) => make("circle", { cx: x, cy: y, r, ...more }, svg);
+        svg.textContent = "";
+        make("path", { d: `M0,${height / 2}H220M110,0V${height}`, class: "rotvq-axes" }, svg);
+        z[k].map(at).forEach((v) => spot(v, 1.6, { fill: color }));
+        unused[k].map(at).forEach(([x, y]) => make("path", { d: `M${x - 3},${y - 3}l6,6m0,-6l-6,6`, class: "rotvq-unused" }, svg));
+        used[k].map(at).forEach((v) => spot(v, 3, { class: "rotvq-used" }));
+        name.textContent = `${title}: ${panels[i].count[k]} codes in use`;
+        svg.setAttribute("aria-label", `${name.textContent} at ${moments[k]}`);
+      });
+    }
+    let timer = null;
+    const rest = () => { clearInterval(timer); timer = null; play.textContent = "Play"; };
+    const run = () => {
+      if (Number(slider.value) === moments.length - 1) show(0);
+      play.textContent = "Pause";
+      timer = setInterval(() => (Number(slider.value) < moments.length - 1 ? show(Number(slider.value) + 1) : rest()), 450);
+    };
+    play.addEventListener("click", () => (timer ? rest() : run()));
+    slider.addEventListener("input", () => { rest(); show(Number(slider.value)); });
+    rest();
+    show(moments.length - 1);
+    element.rotvqFilm = { show, moments, panels };
+    /* Once, when it is first seen; who wants less motion gets the last moment. */
+    if (!window.matchMedia("(prefers-reduced-motion: reduce)").matches) {
+      const seen = new IntersectionObserver((entries) => {
+        if (entries[entries.length - 1].isIntersecting) { seen.disconnect(); run(); }
+      }, { threshold: 0.5 });
+      seen.observe(stage);
+    }
+  }
+
+  const mountAll = () => {
+    document.querySelectorAll(".rotvq-explorable").forEach(mount);
+    document.querySelectorAll(".rotvq-film").forEach(mountFilm);
+  };
   window.rotvq = { gradients, reflect, nearest, angle, cell, codes: CODES, points: POINTS, scenes, mountAll,
     colors: COLORS, names: NAMES, ratio, degrees, vectors: { add, dot, norm, scale, unit } };
   if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", mountAll);

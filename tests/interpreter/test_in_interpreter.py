@@ -9,11 +9,11 @@ import torch
 import interpreter
 import test_codebook
 import test_estimators
-from rotvq.codebook import code_sums_definition, nearest_code
 from rotvq.hardware import gpu
+from rotvq.layer.gradients import pullback
 from rotvq.layer.learning import average_definition
+from rotvq.layer.lookup import code_sums_definition, nearest_code
 from rotvq.layer.step import gradient_definition
-from rotvq.rotation import pullback
 from test_estimators import at_angle, draw, explicit, relative_error
 
 BOUND = 6e-7  # seen: 5.1e-7; float32 rounds by 6e-8
