@@ -54,7 +54,8 @@ def ema_update(
     decay: float = 0.8,  # α in [0, 1)
     eps: float = 1e-5,  # of the smoothing
 ) -> None:
-    "One step of the running-average codebook (van den Oord et al. 2017, appendix A.1)."
+    """One step of the running-average codebook (van den Oord et al. 2017, appendix
+    A.1), its counts smoothed."""
     counts.lerp_(batch[:, -1], 1 - decay)
     sums.lerp_(batch[:, :-1], 1 - decay)
     smoothed = (counts + eps) / (counts.sum() + len(counts) * eps) * counts.sum()

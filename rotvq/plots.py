@@ -299,7 +299,12 @@ def draw_clouds(moments: list[str], panels: dict[str, Panel], moment: int) -> Fi
     return fig
 
 # %% ../nbs/90_plots.ipynb #3a900005
-def film(moments: list[str], panels: dict[str, Panel], alt: str) -> None:
+def film(
+    moments: list[str],
+    panels: dict[str, Panel],
+    alt: str,  # what the last moment shows, for those who do not see it
+    notes: dict[str, list[str]],  # what else to say of each panel, by moment
+) -> None:
     """A training to scrub through: `draw_clouds` with a slider in a live notebook, its
     last moment where no one can move it, which the script of the site replaces."""
     from IPython.display import HTML, display
@@ -326,6 +331,7 @@ def film(moments: list[str], panels: dict[str, Panel], alt: str) -> None:
         z, used, unused = ([rounded(p) for p in points] for points in zip(*frames))
         count, color = list(map(len, used)), color_of(name)
         panel = {"title": title_of(name), "color": color, "count": count}
+        panel["notes"] = notes[name]
         data["panels"].append(panel | {"z": z, "used": used, "unused": unused})
     display(
         HTML(

@@ -38,7 +38,8 @@ def rotation_trick(
     q: Tensor,  # their codes, same shape
     gamma: float | Tensor | None = None,  # scale, `(..., 1)`; `None` is λ = ‖q‖ / ‖z‖
 ) -> Tensor:  # value `q`, gradient `γ Rᵀ g` to `z`
-    "The rotation trick (Fifty et al. 2025, §4)."
+    """The rotation trick (Fifty et al. 2025, §4), for z and q that are not zero and
+    not opposite."""
     a, b = z.detach(), q.detach()
     lam = b.norm(dim=-1, keepdim=True) / a.norm(dim=-1, keepdim=True)
     turned = rotate(z, a, b) * (lam if gamma is None else gamma)

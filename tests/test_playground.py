@@ -231,6 +231,7 @@ def test_controls(tmp_path):
       const canvas = root.querySelector("canvas"), pixels = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
       out.drawn = new Set(pixels).size;
       const figure = document.querySelector(".playground-step .rotvq-explorable"), panel = document.querySelector(".playground-step");
+      rotvq.draw(figure);                                  // it waits until it is near
       out.before = figure.rotvq.drawn.gradient; out.state = figure.rotvq.state;
       const [estimator, length] = panel.querySelectorAll("select"), gamma = panel.querySelector("input");
       length.value = "own"; length.dispatchEvent(new Event("change")); gamma.value = .5; gamma.dispatchEvent(new Event("input"));

@@ -414,6 +414,40 @@ def test_pages_are_mended():
     )
 
 
+def test_a_shown_figure_leads_to_the_code_that_draws_it():
+    from mend_pages import sourced
+
+    page = '<figcaption class="x" id="fig-a-caption-1">\nFigure 1: A.\n</figcaption>'
+    shown = sourced(page, "{{< embed book/01_vqvae.ipynb#fig-a >}}")
+    assert shown == page.replace("\n</fig", ' <a href="book/vqvae.html#fig-a">Code.</a></fig')
+    twenty = (NBS / "twenty.qmd").read_text(encoding="utf-8")
+    figures = re.findall(r"embed (\S+)#(fig-[\w-]+) >", twenty)
+    assert len(figures) > 11
+    for file, label in figures:
+        assert f"#| label: {label}\\n" in (NBS / file).read_text(encoding="utf-8"), label
+
+
+def test_pages_are_light():
+    from lighten_pages import few_rules, sooner
+
+    sheet = (
+        "/*! licence */.a,.b:hover{c:d}.a:not(.z) p{e:url(x;y)}"
+        '@media print{.b{f:"}"}}@media screen{.a{g:h}}@font-face{i:j}:is(.a,.b){k:l}p{m:n}'
+    )
+    assert few_rules(sheet, {"a"}) == (
+        "/*! licence */.a{c:d}.a:not(.z) p{e:url(x;y)}@media screen{.a{g:h}}@font-face{i:j}p{m:n}"
+    )
+    page = (
+        '<head><script src="x.js"></script><script src="y.js" type="module"></script>'
+        '<link href="d.css" rel="stylesheet" class="quarto-color-alternate"></head><body>'
+        "<script>var lightboxQuarto = 1</script></body>"
+    )
+    light = sooner(page)
+    assert '<script defer src="x.js">' in light and '<script src="y.js" type="module">' in light
+    assert 'rel="disabled-stylesheet"' in light and "prefers-color-scheme" in light
+    assert '<script type="module">var lightboxQuarto' in light
+
+
 def test_links_to_works_become_citations():
     sys.path.insert(0, str(ROOT / "tools"))
     from mend_pages import cite, offer, works

@@ -82,15 +82,20 @@ def mend(html: str, depth: int = 0) -> str:
     html = html.replace('src="assets/', f'src="{"../" * depth}assets/')
     html = PREVIEW.sub(r"\1images/effect.png", html)
     html = re.sub(r"<img (?![^>]*\bloading=)", '<img loading="lazy" ', html)
+    folded = r'<div (?=class="callout-header[^>]*data-bs-toggle="collapse")'
+    button = (
+        """<div role="button" tabindex="0" onkeydown="if (event.key === 'Enter') this.click()" """
+    )
+    html = re.sub(folded, button, html)
     return OUTSIDE.sub("", html)
 
 
 def sourced(html: str, source: str) -> str:
     """`html` of a page that shows figures of notebooks (`{{< embed … >}}` in its `source`), each
-    with a link to the cell that draws it."""
+    with a link to the code that draws it."""
     for notebook, figure in re.findall(r"embed (\S+)\.ipynb#(fig-[\w-]+)", source):
         page = re.sub(r"(^|/)\d+_", r"\1", notebook)  # as nbdev names it
-        link = f' <a href="{page}.html#{figure}">The cell.</a>'
+        link = f' <a href="{page}.html#{figure}">Code.</a>'
         html = re.sub(
             rf'(<figcaption[^>]* id="{figure}-caption.*?)\s*(</figcaption>)',
             lambda found: f"{found[1]}{link}{found[2]}",

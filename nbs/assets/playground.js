@@ -354,7 +354,7 @@
     const hero = root.dataset.hero in PRESETS ? root.dataset.hero : null;
     root.textContent = "";
     const calm = window.matchMedia("(prefers-reduced-motion: reduce)").matches;
-    let toys, playing = false, away = false, touched = false, waiting = false, speed, until, preset, limits, frame = 0;
+    let toys, playing = false, away = false, touched = false, waiting = false, speed, until, preset, limits, frame = 0, share = 1;
     const settings = { ...PLAIN }, sides = [];
     const presets = element("div", root, { class: "playground-controls", role: "group", "aria-label": "What to show" });
     const buttons = Object.fromEntries(Object.entries(PRESETS).map(([key, { title }]) => {
@@ -471,7 +471,9 @@
       waiting = false;
       if (!playing || away) return;
       frame += 1;
-      advance(Math.min(speed, until - toys[0].steps));
+      const begun = performance.now();
+      advance(Math.max(1, Math.min(Math.round(speed * share), until - toys[0].steps)));
+      if (performance.now() - begun > 12) share = Math.max(0.25, share / 2);    // a slow device keeps its frames short
       if (toys[0].steps >= until) { until = Infinity; return toggle(false); }   // press Play to go on from here
       draw();
       later();

@@ -355,9 +355,9 @@
         svg.textContent = "";
         make("path", { d: `M0,${height / 2}H220M110,0V${height}`, class: "rotvq-axes" }, svg);
         z[k].map(at).forEach((v) => spot(v, 1.6, { fill: color }));
-        unused[k].map(at).forEach(([x, y]) => make("path", { d: `M${x - 3},${y - 3}l6,6m0,-6l-6,6`, class: "rotvq-unused" }, svg));
-        used[k].map(at).forEach((v) => spot(v, 3, { class: "rotvq-used" }));
-        name.textContent = `${title}: ${panels[i].count[k]} codes in use`;
+        used[k].map(at).forEach((v) => spot(v, 2.6, { class: "rotvq-used" }));
+        unused[k].map(at).forEach(([x, y]) => make("path", { d: `M${x - 4},${y - 4}l8,8m0,-8l-8,8`, class: "rotvq-unused" }, svg));
+        name.textContent = `${title}: ${panels[i].count[k]} codes in use, ${panels[i].notes[k]}`;
         svg.setAttribute("aria-label", `${name.textContent} at ${moments[k]}`);
       });
     }
@@ -382,11 +382,18 @@
     }
   }
 
-  const mountAll = () => {
-    document.querySelectorAll(".rotvq-explorable").forEach(mount);
-    document.querySelectorAll(".rotvq-film").forEach(mountFilm);
-  };
-  window.rotvq = { gradients, reflect, nearest, angle, cell, codes: CODES, points: POINTS, scenes, mountAll,
+  /* What is near is drawn now, the rest when it comes near; until then the still picture stands there. */
+  const draw = (element) => (element.classList.contains("rotvq-film") ? mountFilm : mount)(element);
+  const waiting = new IntersectionObserver((entries) => entries.forEach(({ isIntersecting, target }) => {
+    if (!isIntersecting) return;
+    waiting.unobserve(target);
+    draw(target);
+  }), { rootMargin: "400px" });
+  const mountAll = () => document.querySelectorAll(".rotvq-explorable, .rotvq-film").forEach((element) => {
+    if (element.getBoundingClientRect().top < window.innerHeight) draw(element);
+    else waiting.observe(element);
+  });
+  window.rotvq = { gradients, reflect, nearest, angle, cell, codes: CODES, points: POINTS, scenes, draw, mountAll,
     colors: COLORS, names: NAMES, ratio, degrees, vectors: { add, dot, norm, scale, unit } };
   if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", mountAll);
   else mountAll();

@@ -304,7 +304,7 @@ def ema_update(
     distance: str = "euclidean",  # "cosine": codes of length 1
 ) -> Tensor:  # whether the batch was learned from, a bool scalar
     """One step of the running-average codebook (van den Oord et al. 2017, appendix
-    A.1).
+    A.1), its counts smoothed as in most libraries.
 
     A code stays where it is once its average has faded: denormal numbers would make
     every product with it many times slower, and its direction would be lost."""
