@@ -176,6 +176,7 @@ def test_figures_move_by_keyboard_and_pointer(tmp_path, chapter, scene):
         tmp_path,
         """
       const element = document.querySelector(".rotvq-explorable"), out = {names: [], says: []};
+      rotvq.draw(element);                                 // it waits until it is near
       out.picture_left = !!element.querySelector("img");
       out.start = JSON.parse(element.dataset.start);
       out.said = element.querySelector(".rotvq-says").textContent;

@@ -16,6 +16,7 @@ import yaml
 from helpers import NBS, NOTEBOOKS, PAGES, ROOT, below, contents, place, settings
 
 pytestmark = pytest.mark.slow
+sys.path.insert(0, str(ROOT / "tools"))
 
 
 def cells(notebook: Path):
@@ -396,7 +397,6 @@ def test_citation_has_the_version():
 
 
 def test_pages_are_mended():
-    sys.path.insert(0, str(ROOT / "tools"))
     from mend_pages import mend
 
     inline = "<script>draw()</script>"
@@ -435,7 +435,8 @@ def test_pages_are_light():
         '@media print{.b{f:"}"}}@media screen{.a{g:h}}@font-face{i:j}:is(.a,.b){k:l}p{m:n}'
     )
     assert few_rules(sheet, {"a"}) == (
-        "/*! licence */.a{c:d}.a:not(.z) p{e:url(x;y)}@media screen{.a{g:h}}@font-face{i:j}p{m:n}"
+        "/*! licence */.a{c:d}.a:not(.z) p{e:url(x;y)}@media screen{.a{g:h}}"
+        "@font-face{i:j}:is(.a,.b){k:l}p{m:n}"
     )
     page = (
         '<head><script src="x.js"></script><script src="y.js" type="module"></script>'
@@ -449,7 +450,6 @@ def test_pages_are_light():
 
 
 def test_links_to_works_become_citations():
-    sys.path.insert(0, str(ROOT / "tools"))
     from mend_pages import cite, offer, works
 
     entry = (
@@ -481,7 +481,6 @@ def test_links_to_works_become_citations():
 
 
 def test_names_lead_to_the_reference():
-    sys.path.insert(0, str(ROOT / "tools"))
     import reference
     from mend_pages import mend
 

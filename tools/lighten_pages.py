@@ -75,7 +75,7 @@ def rules_of(sheet: str) -> list[tuple[str, str]]:
 
 
 def few_rules(sheet: str, words: set[str]) -> str:
-    "The rules of `sheet` that may apply: their classes are among `words`, but for those in brackets."
+    "The rules of `sheet` that may apply: classes, outside of brackets, are among `words`."
 
     def applies(selector: str) -> bool:
         outside = re.sub(r":[\w-]+\([^()]*(?:\([^()]*\)[^()]*)*\)", "", selector)

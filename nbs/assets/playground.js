@@ -354,7 +354,7 @@
     const hero = root.dataset.hero in PRESETS ? root.dataset.hero : null;
     root.textContent = "";
     const calm = window.matchMedia("(prefers-reduced-motion: reduce)").matches;
-    let toys, playing = false, away = false, touched = false, waiting = false, speed, until, preset, limits, frame = 0, share = 1;
+    let toys, playing = false, away = false, touched = false, waiting = false, speed, until, preset, limits, frame = 0, share = 0.25;
     const settings = { ...PLAIN }, sides = [];
     const presets = element("div", root, { class: "playground-controls", role: "group", "aria-label": "What to show" });
     const buttons = Object.fromEntries(Object.entries(PRESETS).map(([key, { title }]) => {
@@ -473,7 +473,8 @@
       frame += 1;
       const begun = performance.now();
       advance(Math.max(1, Math.min(Math.round(speed * share), until - toys[0].steps)));
-      if (performance.now() - begun > 12) share = Math.max(0.25, share / 2);    // a slow device keeps its frames short
+      const took = performance.now() - begun;                                  // a slow device keeps its frames short
+      share = took > 12 ? Math.max(0.25, share / 2) : took < 5 ? Math.min(1, 2 * share) : share;
       if (toys[0].steps >= until) { until = Infinity; return toggle(false); }   // press Play to go on from here
       draw();
       later();

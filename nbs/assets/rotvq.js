@@ -389,10 +389,7 @@
     waiting.unobserve(target);
     draw(target);
   }), { rootMargin: "400px" });
-  const mountAll = () => document.querySelectorAll(".rotvq-explorable, .rotvq-film").forEach((element) => {
-    if (element.getBoundingClientRect().top < window.innerHeight) draw(element);
-    else waiting.observe(element);
-  });
+  const mountAll = () => document.querySelectorAll(".rotvq-explorable, .rotvq-film").forEach((element) => waiting.observe(element));
   window.rotvq = { gradients, reflect, nearest, angle, cell, codes: CODES, points: POINTS, scenes, draw, mountAll,
     colors: COLORS, names: NAMES, ratio, degrees, vectors: { add, dot, norm, scale, unit } };
   if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", mountAll);
