@@ -256,6 +256,7 @@ def test_figures_move_by_mouse_touch_and_keyboard(site, name):
         figure = page.locator(".rotvq-explorable").first
         handle = figure.locator(".rotvq-handle").first
         figure.evaluate("(x) => x.scrollIntoView({block: 'center', behavior: 'instant'})")
+        page.wait_for_function("document.querySelector('.rotvq-explorable').rotvq")  # when near
         seen, values = [page.evaluate(state)], [handle.get_attribute("aria-valuetext")]
         for way in ("mouse", "touch", "keyboard"):
             box = handle.locator(".rotvq-dot").bounding_box()
