@@ -33,6 +33,8 @@ BEFOREHAND = (
     "torch.utils._python_dispatch",
     "vector_quantize_pytorch",
 )
+# which cells a check rests on does not show in these
+DRAW_AND_SAY = {"fig", "ax", "axes", "plots", "plt", "print", "assert_close"}
 SHORTER = "SEEDS = (0, 1, 2)", "SEEDS = (0,)"  # what is wrong is wrong with one seed
 
 
@@ -53,21 +55,21 @@ def chapter_of(check: str) -> tuple[Path, list[str]]:
 
 def names_of(tree: ast.AST) -> tuple[set[str], set[str]]:
     "Names that a cell gives a value or changes, and names that it uses."
-    gives, uses = set(), set()
+    gives, uses, imported = set(), set(), set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Name):
             (uses if isinstance(node.ctx, ast.Load) else gives).add(node.id)
         elif isinstance(node, ast.FunctionDef | ast.ClassDef):
             gives.add(node.name)
         elif isinstance(node, ast.Import | ast.ImportFrom):
-            gives |= {(a.asname or a.name).split(".")[0] for a in node.names}
+            imported |= {(a.asname or a.name).split(".")[0] for a in node.names}
     # x.backward(), x.train(), kept.append(...): a call may change what it is called on
     for node in ast.walk(tree):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
             function = node.value.func
             while isinstance(function, ast.Attribute):
                 function = function.value
-            if isinstance(function, ast.Name):
+            if isinstance(function, ast.Name) and function.id not in DRAW_AND_SAY:
                 gives.add(function.id)
         if isinstance(node, ast.Subscript | ast.Attribute) and isinstance(node.ctx, ast.Store):
             target = node
@@ -75,7 +77,7 @@ def names_of(tree: ast.AST) -> tuple[set[str], set[str]]:
                 target = target.value
             if isinstance(target, ast.Name):
                 gives.add(target.id)
-    return gives, uses
+    return gives - DRAW_AND_SAY | imported, uses - (DRAW_AND_SAY - {"plots", "plt", "assert_close"})
 
 
 def needed(cells: list[str]) -> list[ast.Module]:
