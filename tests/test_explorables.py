@@ -253,3 +253,30 @@ def test_figures_move_by_keyboard_and_pointer(tmp_path, chapter, scene):
         turned = u * ((n / n.abs()) / (m / m.abs())) ** 2
         second = torch.tensor(answer["images"]["second"], dtype=torch.float64)
         assert_close(second, torch.view_as_real(turned))
+
+
+@needs_browser
+def test_a_film_shows_the_moment_that_is_chosen(tmp_path):
+    cells = json.loads((NBS / "book" / "07_why.ipynb").read_text(encoding="utf-8"))["cells"]
+    outputs = (o.get("data", {}) for c in cells for o in c.get("outputs", []))
+    (html,) = (h for d in outputs if "rotvq-film" in (h := "".join(d.get("text/html", ""))))
+    data = json.loads(re.search(r'<script type="application/json">(.*?)</script>', html)[1])
+    answer = in_browser(
+        tmp_path,
+        """
+      const film = document.querySelector(".rotvq-film"), slider = () => film.querySelector("input");
+      rotvq.draw(film);
+      return [0, 7].map((k) => {
+        slider().value = k;
+        slider().dispatchEvent(new Event("input"));
+        return [...film.querySelectorAll("svg")].map((svg) => ({said: svg.getAttribute("aria-label"),
+          used: svg.querySelectorAll(".rotvq-used").length, all: svg.querySelectorAll("circle").length}));
+      });""",
+        html,
+    )
+    for k, views in zip((0, 7), answer):
+        for view, panel in zip(views, data["panels"], strict=True):
+            assert view["used"] == panel["count"][k] == len(panel["used"][k])
+            assert view["all"] == view["used"] + len(panel["z"][k])
+            assert f"{panel['count'][k]} codes in use, {panel['notes'][k]}" in view["said"]
+            assert view["said"].endswith(data["moments"][k])
