@@ -4,12 +4,13 @@ import numpy as np
 import torch
 
 from rotvq.hardware import gpu
-from rotvq.layer.gradients import pullback
+from rotvq.layer.gradients import pullback, pullback_definition
 from rotvq.layer.learning import average, average_definition
 from rotvq.layer.lookup import (
     best_code,
     best_code_definition,
     by_differences,
+    by_differences_definition,
     code_sums_definition,
     lookup,
     lookup_definition,
@@ -48,18 +49,23 @@ def kernels_on_the_cpu() -> None:
 
     @pullback.register_kernel("cpu")
     def _(g, z, q, gamma, mirror, weight=None):
+        if DEFINITIONS_ONLY:
+            return pullback_definition(g, z, q, gamma, mirror, weight)
         used["pullback"] += 1
         return gpu.launch_pullback(g, z, q, gamma, mirror, weight)
 
     @best_code.register_kernel("cpu")
     def _(z, codes, offset, tile):
-        if z.dtype != torch.float32 or z.shape[1] > gpu.LONGEST_SEARCH:
+        fits = z.dtype == torch.float32 and z.shape[1] <= gpu.LONGEST_SEARCH
+        if DEFINITIONS_ONLY or not fits:
             return best_code_definition(z, codes, offset, tile)
         used["search"] += 1
         return gpu.launch_search(z, codes, offset)
 
     @by_differences.register_kernel("cpu")
     def _(z, codes, origin, indices, tile):
+        if DEFINITIONS_ONLY:
+            return by_differences_definition(z, codes, origin, indices, tile)
         used["differences"] += 1
         return gpu.launch_differences(z, codes, origin, indices)
 

@@ -30,6 +30,7 @@ BEFOREHAND = (
     "einops",
     "matplotlib.pyplot",
     "torch",
+    "torch._dynamo",
     "torch.utils._python_dispatch",
     "vector_quantize_pytorch",
 )

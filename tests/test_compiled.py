@@ -130,15 +130,20 @@ def assert_same_training(
     assert_close(twin.state_dict(), model.state_dict(), rtol=2e-4, atol=2e-6)
 
 
+# the other followers: in other modes, and in the step that is compiled with its optimizer
 @pytest.mark.parametrize(
     "after, returns",
-    [(after, False) for after in FOLLOWERS] + [("relu conv", True), ("residual stack", True)],
+    [(after, False) for after in FOLLOWERS if after not in ("layernorm linear", "groupnorm conv")]
+    + [("relu conv", True), ("residual stack", True)],
 )
 def test_whatever_follows_the_layer(after, returns):
     assert_same_training(Model(after, returns))
 
 
-@pytest.mark.parametrize("options", list(OPTIONS)[:-1])
+# what these are made of runs by itself in the pairs below
+@pytest.mark.parametrize(
+    "options", [name for name in OPTIONS if name not in ("learnable", "cosine", "frozen")]
+)
 def test_every_option(options):
     model = Model(**OPTIONS[options])
     if options == "k-means":
@@ -218,13 +223,12 @@ def test_codes_may_be_read_before_backward_in_an_automatic_layer(options):
     assert_close(*grads, rtol=2e-4, atol=2e-6)
 
 
-@pytest.mark.parametrize("shape", ["(B, N, d)", "(N, d)", "(B, d, H, W)"])
+@pytest.mark.parametrize("shape", ["(B, N, d)", "(B, d, H, W)"])
 @pytest.mark.parametrize("training", [True, False])
 def test_what_the_layer_returns_is_not_overwritten(shape, training):
     torch._dynamo.reset()
     x = {
         "(B, N, d)": torch.randn(4, 16, 8),
-        "(N, d)": torch.randn(64, 8),
         "(B, d, H, W)": torch.randn(2, 8, 4, 6),
     }[shape].requires_grad_()
     layer = VectorQuantizer(8, 32, init="normal").train(training)
@@ -244,10 +248,8 @@ def test_two_frames_serve_all_batch_sizes():
     torch._dynamo.reset()
     for options in (
         {},
-        {"learnable": True},
-        {"revive_after": 2},
-        {"distance": "cosine", "estimator": "reflection"},
-        {"estimator": "rotation-until-used", "skip": 0.3},
+        {"learnable": True, "distance": "cosine", "estimator": "reflection"},
+        {"revive_after": 2, "estimator": "rotation-until-used", "skip": 0.3},
     ):
         counter = CompileCounterWithBackend("aot_eager_decomp_partition")
         model = Model(**options)
@@ -337,7 +339,7 @@ def test_no_warning_of_lambda_inside_a_graph():
 
 
 @pytest.mark.parametrize(
-    "name, backend", [*((name, "inductor") for name in ESTIMATORS), ("rotation", "aot_eager")]
+    "name, backend", [*((name, "aot_eager") for name in ESTIMATORS), ("rotation", "inductor")]
 )
 def test_transforms_inside_a_compiled_function(name, backend):
     """PyTorch would trace the forward pass of a custom autograd function alone, and return zeros:

@@ -256,7 +256,7 @@ def test_a_full_disk_is_reported_and_no_sample_taken(folder, tmp_path, monkeypat
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(data, "download_url", full)
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", full)
     monkeypatch.delenv("ROTVQ_DATA")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="No space left"):

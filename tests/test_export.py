@@ -59,20 +59,20 @@ def program(net, way, strict=False):
     return export(Part(net, way), (example(way, *shape),), dynamic_shapes=(dynamic,), strict=strict)
 
 
-@pytest.mark.parametrize("strict", STRICT)
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"estimator": "ste"},
-        {"estimator": "reflection"},
-        {"estimator": "rotation-until-used", "skip": 0.5},
-        {"distance": "cosine"},
-        {"learnable": True},
-    ],
-    ids=str,
+# an estimator is met in `forward` alone
+ESTIMATED = (
+    {"estimator": "ste"},
+    {"estimator": "reflection"},
+    {"estimator": "rotation-until-used", "skip": 0.5},
 )
+CASES = [
+    (way, options) for way in WAYS for options in ({}, {"distance": "cosine"}, {"learnable": True})
+]
+CASES += [("forward", options) for options in ESTIMATED]
+
+
+@pytest.mark.parametrize("strict", STRICT)
+@pytest.mark.parametrize("way, options", CASES, ids=str)
 def test_any_batch_and_size(way, strict, options):
     net = model(**options)
     made = program(net, way, strict)

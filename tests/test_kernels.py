@@ -53,15 +53,17 @@ SHORT = [f"pullback, d = {d}" for d in (3, 4, 8, 12, 100)]  # a column a lane
 
 @pytest.mark.slow
 def test_ahead_of_time_nothing_spills_or_is_fused_across_lanes(ahead):
-    "The kernels most used, for every target."
-    for target in ahead.TARGETS:
-        for job in (
-            "pullback, d = 4",
-            "pullback, d = 32",
-            "pullback, d = 100",
-            "mirror and γ, d = 32, float16",
-            "search, d = 16",
-        ):
+    """The kernels most used, all for two targets and one in turn for the others; the table, which
+    has all of all, is of this source."""
+    jobs = (
+        "pullback, d = 4",
+        "pullback, d = 32",
+        "pullback, d = 100",
+        "mirror and γ, d = 32, float16",
+        "search, d = 16",
+    )
+    for k, target in enumerate(ahead.TARGETS):
+        for job in jobs if target in ("sm_90", "gfx942") else [jobs[k % len(jobs)]]:
             row = ahead.compiled(target, job)
             assert row["spills"] == 0 and row["registers"] <= 255 and row["fused"] == 0, row
             if row["float64"] is not None:
@@ -90,7 +92,7 @@ def test_the_committed_table_is_of_these_kernels(ahead):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_fusing_across_lanes_would_be_noticed(ahead, target):
     "The same kernels with fusing allowed, as they were when an H200 refused them."
     for job in (*SHORT, "pullback, d = 4, float64", "mirror and γ, d = 4, float16"):

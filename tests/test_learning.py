@@ -465,13 +465,12 @@ def test_counts_may_begin_at_zero_as_in_the_authors_code():
         assert_close(ours.codebook[chosen], theirs._codebook.embed[0][chosen], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("decay", [0.0, 0.5, 0.99])
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.8])
 @pytest.mark.parametrize("distance", ["euclidean", "cosine"])
 def test_codes_that_nobody_chooses_do_not_fade_into_denormal_numbers(distance, decay):
     vq = layer(distance=distance, decay=decay)
     near = vq.codebook[:4].clone()
-    for _ in range(5000 if decay == 0.99 else 400):
+    for _ in range(400):
         vq(near)
     assert len(vq.encode(near).unique()) == 4
     for state in (vq.codebook, vq.sums, vq.counts):

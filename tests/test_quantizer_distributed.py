@@ -110,18 +110,17 @@ def process(rank: int, world: int, port: int, folder: str):
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=[2, 3], ids="{} processes".format)
-def states(request, tmp_path_factory):
+@pytest.fixture(scope="module")
+def states(tmp_path_factory):
+    "Of three processes; a run has two, in test_training_parallel.py."
     folder = tmp_path_factory.mktemp("processes")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.start_processes(
-        process, (request.param, port, str(folder)), nprocs=request.param, start_method="spawn"
-    )
+    mp.start_processes(process, (3, port, str(folder)), nprocs=3, start_method="spawn")
     return [
         torch.load(folder / f"{rank}.pt") | {"more": torch.load(folder / f"more-{rank}.pt")}
-        for rank in range(request.param)
+        for rank in range(3)
     ]
 
 

@@ -36,7 +36,6 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
-from torchvision.datasets.utils import download_url
 from tqdm import tqdm
 
 from ..layer.surroundings import cache_folder, usual_mode
@@ -257,6 +256,9 @@ def download_imagenette(
 ) -> Path:  # `target`
     """Download Imagenette (160 px). Raises `DataError` on a damaged archive or a full
     disk, `OSError` without network."""
+    # here: torchvision takes a second to come, and most runs download nothing
+    from torchvision.datasets.utils import download_url
+
     with _writable(target.parent):
         # left by a run that was killed
         for old in target.parent.glob(f".{target.name}-*"):
