@@ -225,7 +225,8 @@ def estimators(n: int, d: int) -> dict:
     return {"shape": [n, d], "results": rows}
 
 
-def layers(n: int, d: int, K: int) -> dict:
+def layers(n: int, d: int, K: int, only: str = "") -> dict:
+    "A step of each layer whose name begins with `only`."
     torch.manual_seed(0)
     z, g = torch.randn(2, n, d)
     z.requires_grad_()
@@ -247,13 +248,16 @@ def layers(n: int, d: int, K: int) -> dict:
 
     indices = ours.encode(z)
     rows = {
-        "rotvq, a GPU with Triton": counted(step(ours), on_gpu(n, d), unit),
-        "rotvq, a GPU without Triton": counted(step(ours), WITHOUT_TRITON, unit),
-        "vector_quantize_pytorch": counted(step(theirs), {}, unit),
-        "rotvq, the sums alone": counted(lambda: code_sums(z, indices, K), on_gpu(n, d), unit),
-        "rotvq, the losses alone": counted(loss_of(ours, z, indices), {}, unit),
+        "rotvq, a GPU with Triton": lambda: counted(step(ours), on_gpu(n, d), unit),
+        "rotvq, a GPU without Triton": lambda: counted(step(ours), WITHOUT_TRITON, unit),
+        "vector_quantize_pytorch": lambda: counted(step(theirs), {}, unit),
+        "rotvq, the sums alone": lambda: counted(
+            lambda: code_sums(z, indices, K), on_gpu(n, d), unit
+        ),
+        "rotvq, the losses alone": lambda: counted(loss_of(ours, z, indices), {}, unit),
     }
-    return {"shape": [n, d, K], "results": rows}
+    results = {name: count() for name, count in rows.items() if name.startswith(only)}
+    return {"shape": [n, d, K], "results": results}
 
 
 def loss_of(net, z, indices):

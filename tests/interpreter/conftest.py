@@ -13,7 +13,7 @@ from hypothesis import settings
 
 import interpreter
 
-settings.register_profile("interpreter", deadline=None, max_examples=5, derandomize=True)
+settings.register_profile("interpreter", deadline=None, max_examples=4, derandomize=True)
 
 
 @pytest.fixture(scope="session", autouse=True)
