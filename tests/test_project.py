@@ -249,7 +249,8 @@ def test_every_notebook_is_in_the_sidebar():
 
 
 def test_import_needs_the_run_time_requirements_only(tmp_path):
-    "Import and train with every other package of the development environment out of reach."
+    """Import and train with every other package of the development environment out of reach; what
+    only a download or a training needs is not imported before."""
     absent = (
         "matplotlib IPython jupyter_core ipywidgets nbdev fastcore execnb pytest hypothesis"
         " vector_quantize_pytorch yaml torchmetrics tensorboard".split()
@@ -259,6 +260,7 @@ import sys
 sys.modules.update(dict.fromkeys({absent}))  # None: importing it raises ModuleNotFoundError
 import rotvq
 from rotvq.cli import main
+assert not {{"torchvision", "torch._dynamo"}} & {{*sys.modules}}  # a second each, for nothing
 sys.exit(main(["train", "--preset", "smoke", "--data", "sample", "--out", sys.argv[1] + "/run"]))
 """
     done = subprocess.run(
