@@ -130,7 +130,7 @@ def assert_same_training(
     assert_close(twin.state_dict(), model.state_dict(), rtol=2e-4, atol=2e-6)
 
 
-# the other followers: in another mode, and in the step that is compiled with its optimizer
+# the other followers: in other modes, and in the step that is compiled with its optimizer
 @pytest.mark.parametrize(
     "after, returns",
     [(after, False) for after in FOLLOWERS if after not in ("layernorm linear", "groupnorm conv")]
@@ -282,8 +282,9 @@ def test_the_whole_step_compiled_with_its_optimizer():
     assert_close(results[1], results[0], rtol=1e-3, atol=2e-5)
 
 
-def test_another_mode():
-    assert_same_training(Model("layernorm linear"), mode="max-autotune-no-cudagraphs")
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune-no-cudagraphs"])
+def test_other_modes(mode):
+    assert_same_training(Model("layernorm linear"), mode=mode)
 
 
 def test_the_model_of_the_run():
