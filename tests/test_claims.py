@@ -156,6 +156,7 @@ def test_every_check_is_on_the_page():
         "check-rule",
         "check-straight",
         "check-setups",
+        "check-larger",
         "check-forces",
         "check-late",
         "check-clouds",
