@@ -140,11 +140,11 @@ def test_whatever_follows_the_layer(after, returns):
     assert_same_training(Model(after, returns))
 
 
-# met in the pairs below, and some in the combination
-IN_PAIRS = "rotation", "reflection", "learnable", "cosine", "frozen"
+# the rotation is in all other tests, learnable and cosine in the combination
+ELSEWHERE = "rotation", "learnable", "cosine", "frozen"
 
 
-@pytest.mark.parametrize("options", [name for name in OPTIONS if name not in IN_PAIRS])
+@pytest.mark.parametrize("options", [name for name in OPTIONS if name not in ELSEWHERE])
 def test_every_option(options):
     model = Model(**OPTIONS[options])
     if options == "k-means":

@@ -319,7 +319,7 @@ def test_the_stopwatch():
 
 @pytest.mark.parametrize("estimator", some("rotation-then-ste", "rotation", "rotation-until-used"))
 def test_a_training_of_replayed_graphs_equals_one_step_by_step(estimator, by_definitions):
-    """On a GPU each step of `many_trainings.py` is a captured graph; the second estimator is
+    """On a GPU each step of `many_trainings.py` is a captured graph; what comes after `-then-` is
     captured anew."""
     from many_trainings import Job, carry_out
 

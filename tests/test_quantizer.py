@@ -530,7 +530,7 @@ def test_running_sums_of_a_half_precision_layer_neither_stall_nor_overflow():
         for _ in range(30):
             vq(z.to(dtype)), full(z.to(dtype).float())
         assert vq.codebook.isfinite().all()
-        assert_close(vq.counts, full.counts, rtol=0.05, atol=300)
+        assert_close(vq.counts, full.counts, rtol=1e-3, atol=20)  # kept in bfloat16: off by 170
 
 
 def test_gradients_by_torch_func_and_in_batches():

@@ -1,6 +1,8 @@
 """The kernels against float64 definitions, and the suites of the estimators and the lookup with the
 kernels as operators."""
 
+import math
+
 import pytest
 import torch
 
@@ -80,6 +82,18 @@ def in_blocks(name, z, q, g):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_nearly_opposite_and_nearly_parallel(name):
+    "To the last digit; the suite below has more angles and a wider bound."
+    for k in (4, 8, 12):
+        for d in (3, 100):
+            angle = math.acos(1 - 10.0**-k)
+            z, q, g = at_angle(k, 50, d, angle if name == "reflection" else math.pi - angle)
+            z, q, g = (3.1 * z).float(), (0.7 * q).float(), g.float()
+            found, exact = pullback(g, z, q, None, NAMES[name]), explicit(name, z, q, g)
+            assert relative_error(found, exact).max() < BOUND, (d, k)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_norms_far_from_one(name):
     for p in range(-30, 31, 6):
         for r in (-30, -p, 30):
@@ -113,7 +127,8 @@ def test_the_search_finds_the_nearest(d, distance):
 
 @pytest.mark.parametrize("d", [1, 4, 33, 100])
 def test_the_checks_at_first_use_pass(d):
-    "The last length is too long for a lookup; the one before has lanes to spare."
+    """The last length is too long for a lookup; the one before has lanes to spare. Both in two
+    dtypes only, to save time."""
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)[: 4 if d < 9 else 2]:
         assert gpu.pullback_agrees(d, dtype, "cpu")
     for dtype in (torch.float32, torch.float64)[: 2 if d < 9 else 1]:
