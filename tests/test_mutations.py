@@ -224,7 +224,7 @@ MUTATIONS = {
 def outcomes(tmp_path_factory):
     "Of every check on the code as it is, and of every mutation."
     checks = dict.fromkeys(mutation[0] for mutation in MUTATIONS.values())
-    # it trains for half a minute, and passes in its notebook
+    # check-toy trains for half a minute, and passes in its notebook
     jobs = [{"name": name, "check": name} for name in checks if name != "check-toy"]
     jobs += [
         {"name": name, "check": check, "old": old, "new": new}
